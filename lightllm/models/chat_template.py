@@ -15,14 +15,14 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- if bos_token %}{{ bos_token }}{% endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{{ 'Assistant:\n' }}"
+    "{{ 'Assistant:\\n' }}"
     "{%- generation -%}{{ message['content'] | trim }}{{ eos_token }}{%- endgeneration -%}"
-    "{{ '\n' }}"
+    "{{ '\\n' }}"
     "{%- else -%}"
-    "{{ message['role'] | capitalize }}:{{ '\n' }}{{ message['content'] | trim }}{{ '\n' }}"
+    "{{ message['role'] | capitalize }}:{{ '\\n' }}{{ message['content'] | trim }}{{ '\\n' }}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'Assistant:\n' }}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{ 'Assistant:\\n' }}{%- endif -%}"
 )
 """`Role:`, a line break, the text; an assistant's turn ends with the end-of-sequence token.
 
