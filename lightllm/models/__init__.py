@@ -1,1 +1,27 @@
-"""To be filled."""
+"""Networks: where they come from, how they are adapted, and how they are built inside."""
+
+from lightllm.models.adapters import Adapter, DoRA, Frozen, Full, LoRA, Prefix, PromptTuning, QLoRA, RsLoRA
+from lightllm.models.from_config import FromConfig
+from lightllm.models.from_module import FromModule
+from lightllm.models.load import load_tokenizer, resolve_checkpoint
+from lightllm.models.network import BuildRequest, Network
+from lightllm.models.pretrained import Pretrained
+
+__all__ = [
+    "Adapter",
+    "BuildRequest",
+    "DoRA",
+    "FromConfig",
+    "FromModule",
+    "Frozen",
+    "Full",
+    "LoRA",
+    "Network",
+    "Prefix",
+    "Pretrained",
+    "PromptTuning",
+    "QLoRA",
+    "RsLoRA",
+    "load_tokenizer",
+    "resolve_checkpoint",
+]

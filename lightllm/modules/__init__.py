@@ -1,1 +1,16 @@
-"""To be filled."""
+"""Objectives: what a network is trained towards, one a file."""
+
+from lightllm.modules.base import LanguageModule, Loss
+from lightllm.modules.build import Transformation, TransformationKind
+from lightllm.modules.causal import CausalPretraining, FineTuning
+from lightllm.modules.schedule import Schedule
+
+__all__ = [
+    "CausalPretraining",
+    "FineTuning",
+    "LanguageModule",
+    "Loss",
+    "Schedule",
+    "Transformation",
+    "TransformationKind",
+]

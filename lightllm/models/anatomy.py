@@ -1,0 +1,194 @@
+"""The only file that knows where a network keeps its decoder, blocks, embedding and head.
+
+A network here is a transformers model, a peft model around one, or a user's module in an `OwnNetwork`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class OwnNetwork(nn.Module):
+    """A user's module, which returns hidden states `[batch, seq, hidden]`, with the name of its head.
+
+    Raises:
+        ValueError: The module has no `head`, or the head is no matrix.
+    """
+
+    def __init__(self, module: nn.Module, head: str) -> None:
+        super().__init__()
+        self.module = module
+        self.head = head
+        try:
+            found = module.get_submodule(head)
+        except AttributeError as error:
+            names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+            raise ValueError(
+                f"{type(module).__name__} has no module {head!r} for its head; its linear layers are {names}"
+            ) from error
+        if not isinstance(found, nn.Linear):
+            raise ValueError(f"the head {head!r} of {type(module).__name__} is a {type(found).__name__}, not nn.Linear")
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states `[batch, seq, hidden]` of `[batch, seq]` token ids."""
+        hidden = self.module(input_ids=input_ids, position_ids=position_ids)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+
+class Head(NamedTuple):
+    """How logits come from the last hidden state: `softcap * tanh((scale * hidden @ weight.T + bias) / softcap)`."""
+
+    weight: Tensor
+    """`[vocab, hidden]`, perhaps the input embedding's own."""
+    bias: Tensor | None
+    """`[vocab]`."""
+    softcap: float | None
+    logit_scale: float
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The transformers model (or `OwnNetwork`) within a peft model, with the adapter's layers in place."""
+    return network.get_base_model() if isinstance(network, PeftModel) else network
+
+
+def transformers_network(network: nn.Module) -> PreTrainedModel:
+    """The transformers model within `network`.
+
+    Raises:
+        ValueError: It is a module of the user's own.
+    """
+    base = unwrapped(network)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"this needs a transformers network, and {type(base).__name__} is not one")
+    return base
+
+
+def decoder(network: nn.Module) -> nn.Module:
+    """The part that makes hidden states: everything but the head."""
+    base = unwrapped(network)
+    if isinstance(base, OwnNetwork):
+        return base.module
+    assert isinstance(base, PreTrainedModel)
+    inner = base.base_model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def blocks(network: nn.Module) -> nn.ModuleList:
+    """The stack of repeated layers, first to last.
+
+    Raises:
+        ValueError: No stack is found: no `nn.ModuleList` of modules of one class.
+    """
+    stacks = [
+        module
+        for module in decoder(network).modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(block) for block in module}) == 1
+    ]
+    if not stacks:
+        raise ValueError(f"{type(unwrapped(network)).__name__} has no stack of layers (an nn.ModuleList)")
+    # A layer's experts can be a list too, so the stack is the one that holds the most parameters; the first, if equal.
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+
+
+def input_embedding(network: nn.Module) -> nn.Embedding:
+    """The table of token embeddings, `[vocab, hidden]`.
+
+    Raises:
+        ValueError: None is found.
+    """
+    base = unwrapped(network)
+    found = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    if found is None:
+        found = next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
+    if isinstance(found, ModulesToSaveWrapper):
+        found = found.modules_to_save[found.active_adapters[0]]
+    if not isinstance(found, nn.Embedding):
+        raise ValueError(f"{type(base).__name__} has no nn.Embedding for its tokens")
+    return found
+
+
+def output_head(network: nn.Module) -> Head:
+    """The head's matrix and what comes after it.
+
+    Raises:
+        ValueError: The network has no head.
+    """
+    base = unwrapped(network)
+    if isinstance(base, OwnNetwork):
+        layer = base.module.get_submodule(base.head)
+        return Head(_tensor(layer, "weight"), _optional_tensor(layer, "bias"), None, 1.0)
+    assert isinstance(base, PreTrainedModel)
+    layer = base.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"{type(base).__name__} has no head that makes logits")
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    config = base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(_tensor(layer, "weight"), _optional_tensor(layer, "bias"), softcap, scale / divisor)
+
+
+def vocabulary_size(network: nn.Module) -> int:
+    """Rows of the token embedding; may exceed the tokenizer's, where a model padded it."""
+    return input_embedding(network).num_embeddings
+
+
+def max_positions(network: nn.Module) -> int | None:
+    """The longest sequence that the network has positions for; None where it does not say."""
+    base = unwrapped(network)
+    if not isinstance(base, PreTrainedModel):
+        return None
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_head(network: nn.Module) -> None:
+    """Refuse a causal network whose logits are not what `output_head` says.
+
+    Raises:
+        ValueError: The architecture does something else to its logits, so that losses from hidden states are wrong.
+    """
+    base = unwrapped(network)
+    if not isinstance(base, PreTrainedModel):
+        return
+    head = output_head(base)
+    input_ids = torch.arange(4, device=head.weight.device)[None] % vocabulary_size(base)
+    training = base.training
+    base.eval()
+    with torch.no_grad():
+        hidden = decoder(base)(input_ids=input_ids, use_cache=False).last_hidden_state
+        expected = base(input_ids=input_ids, use_cache=False).logits.float()
+        logits = apply_head(hidden, head).float()
+    base.train(training)
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=2e-2, atol=2e-2):
+        raise ValueError(
+            f"{type(base).__name__} makes its logits in a way that lightllm does not know: its head applied to the "
+            "last hidden state gives something else; please report this architecture"
+        )
+
+
+def apply_head(hidden: Tensor, head: Head) -> Tensor:
+    """Logits `[..., vocab]` of hidden states `[..., hidden]`; for few positions, since losses never form them whole."""
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _tensor(layer: nn.Module, name: str) -> Tensor:
+    value = getattr(layer, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _optional_tensor(layer: nn.Module, name: str) -> Tensor | None:
+    value = getattr(layer, name, None)
+    assert value is None or isinstance(value, Tensor)
+    return value

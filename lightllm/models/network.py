@@ -1,0 +1,57 @@
+"""What a network is to the toolkit: a description that is built once the tokenizer and the strategy are known."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+Task = Literal["causal", "masked", "encoder"]
+
+
+class BuildRequest(NamedTuple):
+    """What the objective asks of the network it gets."""
+
+    task: Task
+    """Which head the network ends in; `encoder` is none."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The data's tokenizer, from which a network from scratch takes its vocabulary and special tokens."""
+    quantization: QuantizationConfigMixin | None = None
+    """How the weights are stored while they are frozen; None stores them in the network's dtype."""
+
+
+class Network(ABC):
+    """A network to be built: cheap to make, checked when made, and heavy only in `build`."""
+
+    @property
+    @abstractmethod
+    def tokenizer_source(self) -> str | None:
+        """Where the network's own tokenizer is loaded from, None if it has none."""
+
+    @property
+    @abstractmethod
+    def restorable(self) -> bool:
+        """Whether `build` gives the same weights every time, so that frozen ones need not be in a checkpoint."""
+
+    @abstractmethod
+    def build(self, request: BuildRequest) -> nn.Module:
+        """Make the network with its weights.
+
+        Raises:
+            ValueError: The network cannot serve the request; the message says why.
+        """
+
+
+def torch_dtype(name: Dtype) -> torch.dtype | Literal["auto"]:
+    """The `torch.dtype` that a configuration names; `auto` stays for transformers to read from the checkpoint."""
+    if name == "auto":
+        return "auto"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,243 @@
+"""The module under every objective: how a network is built, trained and measured."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lightllm.batch import IGNORE_INDEX, TextBatch
+from lightllm.losses import linear_token_statistics
+from lightllm.models.adapters import Adapter, Full
+from lightllm.models.anatomy import max_positions, output_head, vocabulary_size
+from lightllm.models.hidden_states import hidden_states
+from lightllm.models.load import load_tokenizer
+from lightllm.models.network import BuildRequest, Network, Task
+from lightllm.models.token_bytes import bytes_per_token
+from lightllm.modules.build import BuildPlan, Transformation, build_network
+from lightllm.modules.checkpointing import check_restored, without_restorable_weights
+from lightllm.modules.parameter_groups import parameter_groups
+from lightllm.modules.run_length import total_optimizer_steps
+from lightllm.modules.schedule import Schedule
+from lightllm.modules.token_metrics import TokenMetrics
+
+_LOSS_UNIT = 4096
+"""Summed losses are divided by this before backward, so that half-precision gradients stay in range; a power of two,
+so that dividing by it and multiplying the gradients back changes no bit."""
+
+
+class Loss(NamedTuple):
+    """A loss as a sum, so that however a batch is cut, the parts add up."""
+
+    sum: Tensor
+    """Over everything that counts; a scalar."""
+    weight: Tensor
+    """How much counts: the number of target tokens, or of pairs; a scalar."""
+
+
+def adamw(parameters: Iterable[Any]) -> Optimizer:
+    """The default optimizer."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+class LanguageModule(LightningModule, ABC):
+    """A network, an objective and how it is optimised.
+
+    A leaf gives `criterion`; the rest is here. The loss that is optimised is the sum over an optimizer step's
+    micro-batches and ranks divided by the sum of their weights, so gradients do not depend on how the step was cut.
+
+    Args:
+        network: Where the network comes from.
+        adapter: What of it trains, and what is added.
+        optimizer: Any torch optimizer by class path, without its parameters: `torch.optim.AdamW`,
+            `bitsandbytes.optim.AdamW8bit`, …
+        schedule: The learning rate over the run.
+        gradient_checkpointing: Recompute each block's activations in the backward pass: slower, and memory of one
+            block's activations instead of all.
+        compile: `torch.compile` each block.
+    """
+
+    task: ClassVar[Task] = "causal"
+
+    def __init__(
+        self,
+        network: Network,
+        adapter: Adapter | None = None,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        adapter = adapter or Full()
+        self.plan = BuildPlan(network, adapter, self.task, gradient_checkpointing, compile)
+        self.optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.transformations: list[Transformation] = []
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.network: nn.Module | None = None
+        self.metrics = TokenMetrics()
+        self.strict_loading = False  # frozen pretrained weights are in no checkpoint; `on_load_checkpoint` is strict
+        self._step = torch.zeros(2, dtype=torch.float64)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where a datamodule that names no tokenizer finds the network's own."""
+        return self.plan.network.tokenizer_source
+
+    @property
+    def built_network(self) -> nn.Module:
+        """The network, once `configure_model` has run.
+
+        Raises:
+            RuntimeError: It has not.
+        """
+        if self.network is None:
+            raise RuntimeError("the network is not built yet: it is from configure_model on")
+        return self.network
+
+    def register_transformation(self, transformation: Transformation) -> None:
+        """Have the build pipeline change the network; to be called from a callback's `setup`."""
+        self.transformations.append(transformation)
+
+    @abstractmethod
+    def criterion(self, hidden: Tensor, batch: TextBatch) -> Loss:
+        """The loss of a batch whose hidden states are `[batch, seq, hidden]`, as a sum and a weight."""
+
+    @override
+    def forward(self, batch: TextBatch) -> Tensor:
+        """Hidden states before the head, `[batch, seq, hidden]`."""
+        return hidden_states(self.built_network, batch)
+
+    @override
+    def setup(self, stage: str) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.tokenizer = getattr(datamodule, "tokenizer", None)
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            self.tokenizer = load_tokenizer(self.tokenizer_source)
+        if not self.plan.adapter.supports_packing and getattr(datamodule, "batching", None) == "packed":
+            raise ValueError(
+                f"{type(self.plan.adapter).__name__} puts something before every row, so a row can hold one document "
+                "only: set data.batching to sorted"
+            )
+
+    @override
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        request = BuildRequest(self.task, self.tokenizer, self.plan.adapter.quantization)
+        self.network = build_network(self.plan, request, self.transformations)
+        self._check_agreement()
+
+    def _check_agreement(self) -> None:
+        """Refuse a tokenizer or a row length that the network has no embedding for."""
+        network = self.built_network
+        if self.tokenizer is not None and len(self.tokenizer) > vocabulary_size(network):
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} tokens and the network embeds {vocabulary_size(network)}: "
+                "they do not belong together; leave data.tokenizer out to take the network's own"
+            )
+        length, limit = getattr(getattr(self._trainer, "datamodule", None), "max_length", None), max_positions(network)
+        if length is not None and limit is not None and length > limit:
+            raise ValueError(f"data.max_length is {length}, but the network has positions for {limit} only: lower it")
+
+    @override
+    def on_fit_start(self) -> None:
+        self._step = torch.zeros(2, dtype=self.metrics.loss_sum.dtype, device=self.device)
+
+    @override
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+        loss = self.criterion(self(batch), batch)
+        self._step += torch.stack([loss.sum.detach(), loss.weight.detach()]).to(self._step.dtype)
+        # Lightning divides by accumulate_grad_batches, which is undone here; `on_after_backward` divides by the weight.
+        scaled = loss.sum * (self.trainer.accumulate_grad_batches / _LOSS_UNIT)
+        return {"loss": scaled, "loss_sum": loss.sum.detach(), "weight": loss.weight.detach()}
+
+    @override
+    def on_after_backward(self) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        total = self.trainer.strategy.reduce(self._step, reduce_op="sum") if self.trainer.world_size > 1 else self._step
+        # The gradients are a mean over ranks of sums over micro-batches: this makes them the mean over all targets.
+        factor = _LOSS_UNIT * self.trainer.world_size / total[1].clamp(min=1)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(torch.float32))
+        self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
+        self._step = torch.zeros_like(self._step)
+
+    @override
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        self._measure(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    @override
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        self._measure(batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _measure(self, batch: TextBatch) -> None:
+        head = output_head(self.built_network)
+        statistics = linear_token_statistics(
+            self(batch),
+            head.weight,
+            batch["labels"],
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+        targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
+        self.metrics.update(*statistics, self._token_bytes()[targets].sum())
+
+    def _token_bytes(self) -> Tensor:
+        """UTF-8 bytes per token id, `[vocab]`; zeros where there is no tokenizer."""
+        if "_bytes_per_token" not in dict(self.named_buffers(recurse=False)):
+            size = vocabulary_size(self.built_network)
+            table = torch.zeros(size, dtype=torch.int64)
+            if self.tokenizer is not None:
+                known = bytes_per_token(self.tokenizer)
+                table[: len(known)] = known
+            self.register_buffer("_bytes_per_token", table.to(self.device), persistent=False)
+        return self.get_buffer("_bytes_per_token")
+
+    def _log_metrics(self, split: str) -> None:
+        values = self.metrics.compute()  # synchronised over ranks by torchmetrics
+        self.metrics.reset()
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value, prog_bar=name == "loss", rank_zero_only=False)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.optimizer(parameter_groups(self))
+        scheduler = self.schedule.scheduler(optimizer, total_optimizer_steps(self.trainer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.plan.network.restorable:
+            checkpoint["state_dict"] = without_restorable_weights(self, checkpoint["state_dict"])
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        check_restored(self, state, frozen_may_miss=self.plan.network.restorable)
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity of a loss in nats per token; infinite beyond float's range."""
+    return math.exp(loss) if loss < 700 else math.inf

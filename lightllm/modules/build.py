@@ -1,0 +1,74 @@
+"""The build pipeline: network, adapter, transformations, compile, always in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightllm.models.adapters import Adapter
+from lightllm.models.anatomy import blocks, check_head, decoder, unwrapped
+from lightllm.models.network import BuildRequest, Network, Task
+
+
+class TransformationKind(IntEnum):
+    """In what order transformations are applied, whatever the order in which they were registered."""
+
+    STRUCTURE = 0
+    LOW_RANK = 1
+    MASK = 2
+    FAKE_QUANTIZATION = 3
+
+
+class Transformation(NamedTuple):
+    """A change to the network, registered by a callback's `setup` and applied in the build pipeline."""
+
+    kind: TransformationKind
+    apply: Callable[[nn.Module], nn.Module]
+
+
+class BuildPlan(NamedTuple):
+    """Everything that decides what the built network is."""
+
+    network: Network
+    adapter: Adapter
+    task: Task
+    gradient_checkpointing: bool
+    compile: bool
+
+
+def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[Transformation]) -> nn.Module:
+    """Build, adapt, transform and compile a network.
+
+    Raises:
+        ValueError: A part refuses the one before it; the message says why.
+    """
+    network = plan.network.build(request)
+    if isinstance(network, PreTrainedModel):
+        # Without a cache, restarting positions keep packed documents apart; with one, they leak silently.
+        network.config.use_cache = False
+        if plan.task == "causal" and not any(parameter.is_meta for parameter in network.parameters()):
+            check_head(network)
+    network = plan.adapter.attach(network)
+    for transformation in sorted(transformations, key=lambda one: one.kind):
+        network = transformation.apply(network)
+    if plan.gradient_checkpointing:
+        _checkpoint_gradients(network)
+    if plan.compile:
+        # Block by block: one compilation serves them all, and names in the state dict stay as they are.
+        for block in blocks(network):
+            block.compile()
+    return network.train()
+
+
+def _checkpoint_gradients(network: nn.Module) -> None:
+    base = unwrapped(network)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"gradient_checkpointing works on transformers networks; {type(decoder(network)).__name__} should call "
+            "torch.utils.checkpoint itself"
+        )
+    base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,25 @@
+"""Which parameters are decayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices with the optimizer's weight decay, norms and biases without.
+
+    A parameter of one dimension is a norm's or a bias; an adapter's matrices are decayed like any other.
+
+    Raises:
+        ValueError: Nothing trains.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("no parameter trains: every one is frozen")
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
