@@ -10,7 +10,8 @@ Labels are aligned with the position that predicts them: `labels[b, t]` is the t
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -32,3 +33,17 @@ class TextBatch(TypedDict):
     """Position within the document: 0, 1, 2, … and again 0 where the next document begins."""
     document_ids: Tensor
     """Index of the document in its dataset, `PADDING_DOCUMENT` on padding."""
+
+
+class Document(NamedTuple):
+    """One tokenised document, before batches are made of it.
+
+    A document of n tokens fills n - 1 positions of a row: nothing is predicted from its last token.
+    """
+
+    input_ids: Sequence[int] | Tensor
+    """The n token ids, with whatever special tokens the document has."""
+    targets: Sequence[bool] | Tensor
+    """n flags: is token t to be predicted (from the tokens before it)? The first one's flag has no effect."""
+    document_id: int = PADDING_DOCUMENT
+    """Index in the dataset; set by the data engine, not by encoders."""
