@@ -96,6 +96,18 @@ class DocumentData(LightningDataModule):
             BadRow: The row can't be used; the message says why.
         """
 
+    def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Hook: change the loaded tokenizer, before its fingerprint is taken and any row encoded (a chat template, say)."""
+
+    def report_rows(self, split: str, first: Row, num_rows: int | None) -> None:
+        """Hook: called on rank zero for each split ("train", "val", "test") with its first row, to say how it is read.
+
+        Args:
+            split: the split.
+            first: its first row that could be read.
+            num_rows: the number of its good rows, None when streaming.
+        """
+
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself (`tokenizer` before `prepare_data` may be just its name).
