@@ -97,7 +97,7 @@ class DocumentData(LightningDataModule):
         """
 
     def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hook: change the loaded tokenizer, before its fingerprint is taken and any row encoded (a chat template, say)."""
+        """Hook: change the loaded tokenizer before its fingerprint is taken and any row encoded (a chat template)."""
 
     def report_rows(self, split: str, first: Row, num_rows: int | None) -> None:
         """Hook: called on rank zero for each split ("train", "val", "test") with its first row, to say how it is read.
