@@ -78,7 +78,7 @@ class Frozen(Adapter):
 
 
 class _LowRank(Adapter):
-    """What LoRA and its variants share: `W + scale * B @ A`, with `A` `[rank, in]` and `B` `[out, rank]` (arXiv:2106.09685).
+    """What LoRA and its variants share: `W + scale * B @ A`, `A` `[rank, in]`, `B` `[out, rank]` (arXiv:2106.09685).
 
     Args:
         rank: Columns of `B` and rows of `A`.

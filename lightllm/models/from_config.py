@@ -102,7 +102,7 @@ class FromConfig(Network):
 
 
 def _check_fields(architecture: str, model_type: str, fields: dict[str, Any]) -> None:
-    """transformers keeps an unknown field without a word, and the typing error with it."""
+    """Refuse what transformers would keep without a word: an unknown field, and the typing error with it."""
     if model_type not in CONFIG_MAPPING:
         near = get_close_matches(architecture, [*NAMED_SIZES, *CONFIG_MAPPING], n=3, cutoff=0.5)
         raise ValueError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -45,11 +43,6 @@ class Loss(NamedTuple):
     """How much counts: the number of target tokens, or of pairs; a scalar."""
 
 
-def adamw(parameters: Iterable[Any]) -> Optimizer:
-    """The default optimizer."""
-    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
 class LanguageModule(LightningModule, ABC):
     """A network, an objective and how it is optimised.
 
@@ -73,7 +66,9 @@ class LanguageModule(LightningModule, ABC):
         self,
         network: Network,
         adapter: Adapter | None = None,
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        ),
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -125,10 +120,11 @@ class LanguageModule(LightningModule, ABC):
         self.tokenizer = getattr(datamodule, "tokenizer", None)
         if self.tokenizer is None and self.tokenizer_source is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_source)
-        if not self.plan.adapter.supports_packing and getattr(datamodule, "batching", None) == "packed":
+        mode = getattr(getattr(datamodule, "batches", None), "mode", None)
+        if mode == "packed" and not self.plan.adapter.supports_packing:
             raise ValueError(
                 f"{type(self.plan.adapter).__name__} puts something before every row, so a row can hold one document "
-                "only: set data.batching to sorted"
+                "only: set data.batches.mode to sorted"
             )
 
     @override
@@ -236,8 +232,3 @@ class LanguageModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: Mapping[str, Tensor] = checkpoint["state_dict"]
         check_restored(self, state, frozen_may_miss=self.plan.network.restorable)
-
-
-def perplexity(loss: float) -> float:
-    """Perplexity of a loss in nats per token; infinite beyond float's range."""
-    return math.exp(loss) if loss < 700 else math.inf

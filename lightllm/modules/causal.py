@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
+
 from torch import Tensor
 from typing_extensions import override
 
@@ -11,8 +12,7 @@ from lightllm.losses import linear_cross_entropy
 from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import output_head
 from lightllm.models.network import Network
-from lightllm.modules.base import LanguageModule, Loss, adamw
-from lightllm.modules.schedule import Schedule
+from lightllm.modules.base import LanguageModule, Loss
 
 
 class CausalPretraining(LanguageModule):
@@ -20,29 +20,12 @@ class CausalPretraining(LanguageModule):
 
     Args:
         network: Where the network comes from: `FromConfig` for a new one, `Pretrained` to go on with one.
-        optimizer: As in `LanguageModule`.
-        schedule: As in `LanguageModule`.
         z_loss: Weight of the squared log-partition, which keeps logits from drifting (arXiv:2204.02311).
-        gradient_checkpointing: As in `LanguageModule`.
-        compile: As in `LanguageModule`.
+        common: The other fields of `LanguageModule`.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule | None = None,
-        z_loss: float = 0.0,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(
-            network,
-            optimizer=optimizer,
-            schedule=schedule,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-        )
+    def __init__(self, network: Network, *, z_loss: float = 0.0, **common: Any) -> None:
+        super().__init__(network, **common)
         self.z_loss = z_loss
 
     @override
@@ -56,24 +39,14 @@ class FineTuning(LanguageModule):
     Args:
         network: Where the network comes from, usually `Pretrained`.
         adapter: What trains: `Full`, `LoRA`, `RsLoRA`, `DoRA`, `QLoRA`, `Prefix`, `PromptTuning`, `Frozen`.
-        optimizer: As in `LanguageModule`.
-        schedule: As in `LanguageModule`.
-        label_smoothing: Probability that the target gives up to the other tokens, evenly.
-        gradient_checkpointing: As in `LanguageModule`.
-        compile: As in `LanguageModule`.
+        label_smoothing: Probability that the target gives up to all tokens, evenly.
+        common: The other fields of `LanguageModule`.
     """
 
     def __init__(
-        self,
-        network: Network,
-        adapter: Adapter | None = None,
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule | None = None,
-        label_smoothing: float = 0.0,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
+        self, network: Network, adapter: Adapter | None = None, *, label_smoothing: float = 0.0, **common: Any
     ) -> None:
-        super().__init__(network, adapter, optimizer, schedule, gradient_checkpointing, compile)
+        super().__init__(network, adapter, **common)
         self.label_smoothing = label_smoothing
 
     @override

@@ -44,6 +44,6 @@ def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _prefixes(key: str) -> list[str]:
-    """The key and every dotted name that it begins with, from the parameter down: `a.weight.absmax`, `a.weight`, `a`."""
+    """The key and every dotted name that it begins with: `a.weight.absmax`, `a.weight`, `a`."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
