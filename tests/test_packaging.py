@@ -39,20 +39,22 @@ def expected_modules() -> set[str]:
 
 
 @pytest.mark.parametrize("wheel", ["lightllm-*.whl", "tree/lightllm-*.whl"], ids=["through sdist", "from checkout"])
-def test_wheel_holds_every_module_and_configuration(archives: Path, wheel: str) -> None:
+def test_wheel_holds_every_module_and_configuration_once(archives: Path, wheel: str) -> None:
     (path,) = archives.glob(wheel)
     names = zipfile.ZipFile(path).namelist()
     assert modules_in(names) == expected_modules()
     configs = {f"lightllm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
     assert {"lightllm/py.typed"} | configs <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightllm"}
+    assert len(names) == len(set(names))
 
 
-def test_sdist_holds_every_module(archives: Path) -> None:
+def test_sdist_holds_every_module_once(archives: Path) -> None:
     (path,) = archives.glob("lightllm-*.tar.gz")
     with tarfile.open(path) as archive:
         names = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
     assert modules_in(names) == expected_modules()
+    assert len(names) == len(set(names))
     assert {"pyproject.toml", "README.md", "LICENSE"} <= set(names)
 
 
