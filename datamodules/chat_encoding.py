@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +23,8 @@ from lightllm.datamodules.conversation import Conversation, Message
 from lightllm.models.chat_template import DEFAULT_CHAT_TEMPLATE, with_chat_template
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _Span = tuple[int, int]
 """Begin and end (exclusive), in characters of the rendered text."""
@@ -124,21 +127,18 @@ class ChatEncoder:
         """Where in `text` the assistant's message `turn` stands, from the end of its prompt to the end of its turn."""
         prompt, _ = _render(self.tokenizer, messages[:turn], tools, ask=True)
         if not text.startswith(prompt):
-            at = _common_length(text, prompt)
             raise ValueError(
                 f"with this chat template message {turn + 1} (assistant) does not begin where its prompt ends: the "
-                f"prompt is '…{prompt[max(0, at - 20) :][-60:]}', the conversation '…{text[max(0, at - 20) :][:60]}…'; "
-                f"{_WAY_OUT}"
+                f"prompt is {_around(prompt, text)}, the conversation {_around(text, prompt)}; {_WAY_OUT}"
             )
         if turn == len(messages) - 1:
             return len(prompt), len(text)
         until, _ = _render(self.tokenizer, messages[: turn + 1], tools)
         if not text.startswith(until):
-            at = _common_length(text, until)
             raise ValueError(
                 f"with this chat template message {turn + 1} (assistant) is another text when it is the last one: "
-                f"'…{until[max(0, at - 20) :][:60]}', and '…{text[max(0, at - 20) :][:60]}…' when messages follow; "
-                f"train on the last turn alone (loss_on: last), or {_WAY_OUT}"
+                f"{_around(until, text)}, and {_around(text, until)} when messages follow; train on the last turn "
+                f"alone (loss_on: last), or {_WAY_OUT}"
             )
         return len(prompt), len(until)
 
@@ -154,6 +154,10 @@ class ChatEncoder:
                 raise ValueError("the chat template leaves out tool calls: give another `chat_template`")
 
     def _tokenize(self, text: str, spans: list[_Span], extend: bool) -> EncodedChat:
+        if surrogate := _SURROGATE.search(text):
+            raise ValueError(
+                f"the text holds half of a surrogate pair (U+{ord(surrogate[0]):04X}), which is no character"
+            )
         # The template has written the beginning of the sequence, if there is one: no second one is added.
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         input_ids = cast(list[int], encoding["input_ids"])
@@ -185,6 +189,12 @@ class ChatEncoder:
         return length
 
 
+@lru_cache(maxsize=4)
+def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """The encoder of a tokenizer, made once: looking through thousands of special tokens takes longer than a row."""
+    return ChatEncoder(tokenizer)
+
+
 _LONGEST_END = 8
 """Tokens among which the one that ends a turn is looked for, after a span that a template marks."""
 
@@ -206,17 +216,19 @@ def _render(
         ValueError: The template refuses the messages, or is broken.
     """
     template = tokenizer.get_chat_template(tools=tools)
+    arguments: dict[str, Any] = {**tokenizer.special_tokens_map, "add_generation_prompt": ask}
+    marks = _GENERATION.search(template) is not None
     try:
-        texts, spans = render_jinja_template(
-            [messages],
+        rendered: Any = render_jinja_template(
+            [cast(list[dict[str, Any]], messages)],
             tools=tools,
             chat_template=template,
-            add_generation_prompt=ask,
-            return_assistant_tokens_mask=_GENERATION.search(template) is not None,
-            **tokenizer.special_tokens_map,
+            return_assistant_tokens_mask=marks,
+            **arguments,
         )
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    texts, spans = rendered
     return texts[0], spans[0] if spans else []
 
 
@@ -225,7 +237,7 @@ def _intersections(first: list[_Span], second: list[_Span]) -> list[_Span]:
     return [(begin, end) for begin, end in pairs if begin < end]
 
 
-def _common_length(first: str, second: str) -> int:
-    """The number of characters with which both texts begin."""
-    length = min(len(first), len(second))
-    return next((index for index in range(length) if first[index] != second[index]), length)
+def _around(text: str, other: str) -> str:
+    """The part of `text` where it stops being like `other`, for a message."""
+    alike = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(f"…{text[max(0, alike - 20) : alike + 40]}…")
