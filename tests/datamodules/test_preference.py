@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from chat_tokenizer import byte_tokenizer
+
+from lightllm.datamodules.preference import PreferenceData, parse_preference
+from lightllm.datamodules.rows import BadRow, Origin, Row
+
+USER = {"role": "user", "content": "Hi"}
+GOOD = {"role": "assistant", "content": "Good"}
+BAD = {"role": "assistant", "content": "Bad"}
+MORE = {"role": "user", "content": "More"}
+
+
+def row(**values: Any) -> Row:
+    return Row(values, Origin("pairs.jsonl", 3))
+
+
+def preference_data(**fields: Any) -> PreferenceData:
+    data = PreferenceData("pairs.jsonl", **fields)
+    data.tokenizer = byte_tokenizer()
+    data.adapt_tokenizer(data.tokenizer)
+    return data
+
+
+def said(data: PreferenceData, row: Row) -> list[tuple[str, str]]:
+    """Of each document, the text before its first target and the targets."""
+    tokenizer = data.loaded_tokenizer
+    pairs = []
+    for document in data.encode(row):
+        first = list(document.targets).index(True)
+        targets = [token for token, flag in zip(document.input_ids, document.targets, strict=True) if flag]
+        pairs.append((tokenizer.decode(list(document.input_ids)[:first]), tokenizer.decode(targets)))
+    return pairs
+
+
+HEAD = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Hi", "chosen": "Good", "rejected": "Bad"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "Hi", "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+)
+def test_a_row_is_a_chosen_and_a_rejected_document(values: dict[str, Any]) -> None:
+    data = preference_data()
+    assert said(data, row(**values)) == [(HEAD, "Good<|im_end|>"), (HEAD, "Bad<|im_end|>")]
+    assert len(data.encode(row(**values))) == PreferenceData.documents_per_row
+
+
+def test_shared_turns_of_the_assistant_are_no_targets() -> None:
+    head = [USER, GOOD, MORE]
+    for values in (
+        {"chosen": [*head, GOOD], "rejected": [*head, BAD]},
+        {"prompt": head, "chosen": "Good", "rejected": "Bad"},
+    ):
+        before = HEAD + "Good<|im_end|>\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n"
+        assert said(preference_data(), row(**values)) == [(before, "Good<|im_end|>"), (before, "Bad<|im_end|>")]
+
+
+def test_turns_after_the_first_difference_are_targets_where_the_assistant_says_them() -> None:
+    pair = {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD]}
+    chosen, rejected = said(preference_data(), row(**pair))
+    assert chosen == (HEAD, "Good<|im_end|>Good<|im_end|>")
+    assert rejected == (HEAD, "Bad<|im_end|>")
+
+
+def test_system_message_is_put_in_front_and_shared() -> None:
+    data = preference_data(system="Be kind.")
+    chosen, rejected = said(data, row(prompt="Hi", chosen="Good", rejected="Bad"))
+    assert chosen[0] == rejected[0] == "<|im_start|>system\nBe kind.<|im_end|>\n" + HEAD
+
+
+def test_prompt_length_counts_shared_messages() -> None:
+    assert parse_preference({"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}).prompt_length == 1
+    assert parse_preference({"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}, "Be kind.").prompt_length == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prompt": "Hi", "chosen": "Good"}, "no field 'rejected'"),
+        ({"prompt": "Hi", "rejected": "Good"}, "no field 'chosen'"),
+        ({"chosen": "Good", "rejected": "Bad"}, "'chosen' is a string, so that the row needs a field 'prompt'"),
+        ({"prompt": "Hi", "chosen": "Good", "rejected": "Good"}, "the same: nothing to prefer"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "the same: nothing to prefer"),
+        ({"prompt": "Hi", "chosen": "Good", "rejected": " "}, "field 'rejected' is empty"),
+        ({"prompt": "", "chosen": "Good", "rejected": "Bad"}, "field 'prompt' is empty"),
+        ({"prompt": 3, "chosen": "Good", "rejected": "Bad"}, "field 'prompt' is a number"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "chosen: wrong role order: message 1 (assistant)"),
+        ({"chosen": [USER, GOOD], "rejected": [USER]}, "rejected: no assistant message"),
+        ({"chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "message 1 differs"),
+        ({"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "message 3 differs"),
+        ({"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, GOOD]}, "begin alike and one goes on"),
+    ],
+)
+def test_bad_row_is_named(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow, match=r"^pairs.jsonl:3: ") as error:
+        preference_data().encode(row(**values))
+    assert reason in error.value.reason
+
+
+def test_answers_that_a_template_makes_alike_are_refused() -> None:
+    data = preference_data(chat_template="{% for m in messages %}{{ m.content | trim }}\n{% endfor %}")
+    with pytest.raises(BadRow, match="the same once rendered"):
+        data.encode(row(prompt="Hi", chosen="Good", rejected="Good "))
+
+
+def test_pairs_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        preference_data().report_rows("train", row(prompt="Hi", chosen="Good", rejected="Bad"), 1200)
+    assert caplog.messages == ["train: preference pairs, 1,200 rows"]
