@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from typing_extensions import override
 
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
+from lightllm.models.low_bit import keep_differentiable
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
 
 AUTO_CLASSES: dict[Task, type] = {
@@ -70,7 +71,7 @@ class Pretrained(Network):
             trust_remote_code=self.trust_remote_code,
         )
         assert isinstance(network, nn.Module)
-        return network
+        return keep_differentiable(network)
 
 
 def _refuse_encoder(checkpoint: str, network: Pretrained) -> None:
