@@ -1,1 +1,29 @@
 """What happens during training: schedule, hook, log."""
+
+from lightllm.callbacks.checkpoint import Checkpoint
+from lightllm.callbacks.gradient_norm import GradientNorm
+from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
+from lightllm.callbacks.interruption import Interrupted, Interruption
+from lightllm.callbacks.loss_spike import LossSpike
+from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
+from lightllm.callbacks.progress_bar import ProgressBar
+from lightllm.callbacks.random_state import RandomState
+from lightllm.callbacks.rewind_metrics import RewindMetrics
+from lightllm.callbacks.samples import SampleGenerations
+from lightllm.callbacks.throughput import Throughput
+
+__all__ = [
+    "Checkpoint",
+    "GradientNorm",
+    "GradualUnfreezing",
+    "Interrupted",
+    "Interruption",
+    "LossSpike",
+    "NonFiniteLoss",
+    "NonFiniteLossError",
+    "ProgressBar",
+    "RandomState",
+    "RewindMetrics",
+    "SampleGenerations",
+    "Throughput",
+]
