@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -41,7 +42,7 @@ def shipped_config(arguments: list[str]) -> list[str]:
     `configs/finetune/lora.yaml` and `finetune/lora.yaml` both mean the shipped one, wherever the command is run.
     """
     resolved = list(arguments)
-    for index, (flag, value) in enumerate(zip(arguments, arguments[1:], strict=False)):
+    for index, (flag, value) in enumerate(pairwise(arguments)):
         shipped = CONFIGS / value.removeprefix("configs/")
         if flag in ("-c", "--config") and not Path(value).exists() and shipped.is_file():
             resolved[index + 1] = str(shipped)

@@ -63,7 +63,7 @@ class TrainingCommand(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--run", type=str | None, default=None, help="Run folder; a number is added if it is taken."
+            "--run", type=str | None, default=None, help="Run folder; numbered if it is taken."
         )
         parser.add_argument("--log", type=Log, default="csv", help="Log there too; metrics.csv is always written.")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightllm.models.anatomy import blocks, input_embedding
+from lightllm.models.lora_linear import LoraLinear
 from lightllm.models.network import Dtype, torch_dtype
 
 
@@ -115,7 +116,10 @@ class _LowRank(Adapter):
 
     @override
     def attach(self, network: nn.Module) -> nn.Module:
-        return _peft(network, self._configuration())
+        configuration = self._configuration()
+        if not getattr(network, "is_quantized", False):
+            configuration._register_custom_module({nn.Linear: LoraLinear})
+        return _peft(network, configuration)
 
 
 class LoRA(_LowRank):

@@ -41,7 +41,7 @@ class FromConfig(Network):
         fields: Fields of that architecture's transformers configuration, such as `num_hidden_layers`; over those
             of a named size.
         dtype: Of the weights.
-        attention: transformers' attention implementation.
+        attention: The attention implementation, see `Attention`.
 
     Raises:
         ValueError: No such architecture, or no such field; the message names the nearest.
@@ -52,7 +52,7 @@ class FromConfig(Network):
         architecture: str,
         fields: dict[str, Any] | None = None,
         dtype: Dtype = "float32",
-        attention: Attention = "sdpa",
+        attention: Attention = "by_document",
     ) -> None:
         named = NAMED_SIZES.get(architecture, {"model_type": architecture})
         self.architecture = architecture

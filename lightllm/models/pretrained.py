@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from typing_extensions import override
 
+from lightllm.models import document_attention  # noqa: F401  (registers `by_document` with transformers)
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
 from lightllm.models.low_bit import keep_differentiable
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
@@ -24,7 +25,7 @@ class Pretrained(Network):
         name: A Hugging Face folder, a hub id, a GGUF file (read into an ordinary, trainable network), or a model
             that an installed package ships (`smollm2-135m-instruct`, `minilm-l6`).
         dtype: Of the weights; `auto` keeps the checkpoint's.
-        attention: transformers' attention implementation.
+        attention: The attention implementation, see `Attention`.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run the Python code that comes with the checkpoint. Never done unless asked for.
 
@@ -36,7 +37,7 @@ class Pretrained(Network):
         self,
         name: str,
         dtype: Dtype = "auto",
-        attention: Attention = "sdpa",
+        attention: Attention = "by_document",
         revision: str = "main",
         trust_remote_code: bool = False,
     ) -> None:

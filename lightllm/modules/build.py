@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import blocks, check_head, decoder, unwrapped
+from lightllm.models.document_attention import BY_DOCUMENT
 from lightllm.models.network import BuildRequest, Network, Task
 
 
@@ -58,6 +59,9 @@ def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[
     if plan.gradient_checkpointing:
         _checkpoint_gradients(network)
     if plan.compile:
+        base = unwrapped(network)
+        if isinstance(base, PreTrainedModel) and base.config._attn_implementation == BY_DOCUMENT:
+            base.set_attn_implementation("sdpa")  # a loop over documents would be compiled anew for every row
         # Block by block: one compilation serves them all, and names in the state dict stay as they are.
         for block in blocks(network):
             block.compile()
