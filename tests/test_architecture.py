@@ -59,7 +59,7 @@ ONLY_TORCH = ("batch", "losses")
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "deepspeed": ("parallel.strategies",),
-    "gguf": ("models.load",),
+    "gguf": ("export.gguf", "models.load"),
     "lm_eval": ("evaluate",),
     "torchao": ("compression.quantize",),
 }

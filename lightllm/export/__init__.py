@@ -1,0 +1,8 @@
+"""From a network to files that others load: Hugging Face folders, peft adapters, GGUF."""
+
+from lightllm.export.gguf import GGUF_TYPES, GGUFType, write_gguf
+from lightllm.export.merge import merged_network
+from lightllm.export.report import ExportReport
+from lightllm.export.write import Layout, export
+
+__all__ = ["GGUF_TYPES", "ExportReport", "GGUFType", "Layout", "export", "merged_network", "write_gguf"]

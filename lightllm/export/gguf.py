@@ -1,0 +1,254 @@
+"""GGUF files, for llama.cpp and what is built on it: one file with weights, configuration, tokenizer, chat template.
+
+The names and orders of tensors are those of llama.cpp's own converter. Quantization is by the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lightllm.export.compare import TOLERANCE, Difference, difference
+from lightllm.export.gguf_vocabulary import vocabulary
+from lightllm.export.merge import merged_weights
+from lightllm.export.report import ExportReport
+from lightllm.models.anatomy import transformers_network, vocabulary_size
+from lightllm.models.inference import network_device
+from lightllm.models.progress import no_progress_bars
+from lightllm.models.stop_tokens import end_of_turn_id
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+GGUFType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+GGUF_TYPES: tuple[GGUFType, ...] = get_args(GGUFType)
+"""How the matrices of a GGUF file can be stored: 32, 16, 16, 8.5, 4.5 and 5 bits a weight."""
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""transformers' model types that can be written, and llama.cpp's names for them."""
+
+
+class _Stored(NamedTuple):
+    """One tensor of the file."""
+
+    source: str
+    """Its name in the network."""
+    name: str
+    """Its name in the file."""
+    kind: GGUFType
+
+
+def write_gguf(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    dtype: GGUFType = "F16",
+    embedding_dtype: GGUFType | None = None,
+) -> ExportReport:
+    """Write a network as one GGUF file, read it back with transformers, and compare.
+
+    Every weight that is read back must be the network's, rounded as its type says, to the last bit; the logits'
+    difference, which few bits make large, is reported. Vectors stay in F32, and matrices whose rows don't divide into
+    blocks of 32 are F16 where fewer bits are asked for. The file appears whole or not at all.
+
+    Args:
+        network: A transformers model of one of `ARCHITECTURES`, or a peft model around one, which is merged.
+        tokenizer: The network's; byte-level BPE.
+        path: The file.
+        dtype: Of the matrices.
+        embedding_dtype: Of the token embedding and the head, by default `Q8_0` in a file of 4 bits, else `dtype`.
+
+    Raises:
+        ValueError: The architecture, its variant or the tokenizer cannot be written, the `gguf` package is missing, or
+            the file does not hold the network's weights.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("writing GGUF needs the package gguf: pip install 'lightllm[demo]'") from error
+    path = Path(path)
+    base = transformers_network(network)
+    config = _checked(base.config)
+    weights = merged_weights(network)
+    if base.config.tie_word_embeddings and torch.equal(
+        weights["lm_head.weight"].float(), weights["model.embed_tokens.weight"].float()
+    ):
+        del weights["lm_head.weight"]
+    stored = _plan(weights, config, dtype, embedding_dtype or ("Q8_0" if dtype.startswith("Q4") else dtype))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        writer = gguf.GGUFWriter(unfinished, ARCHITECTURES[config.model_type])
+        _describe(writer, config, dtype, path.stem)
+        _describe_tokenizer(writer, tokenizer, vocabulary_size(base))
+        _write_tensors(writer, weights, stored, config)
+        found = _verify(unfinished, network, weights, stored)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return ExportReport(path, "gguf", dtype, path.stat().st_size, found.absolute, found.relative)
+
+
+def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Refuse what a file would not say, and what would then be computed otherwise.
+
+    Raises:
+        ValueError: The architecture, or a variant of it, cannot be written.
+    """
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"a {config.model_type} network cannot be written as GGUF: known are {known}")
+    variants = {
+        "rope_type": (config.rope_parameters.get("rope_type", "default"), "default"),
+        "hidden_act": (config.hidden_act, "silu"),
+        "use_sliding_window": (getattr(config, "use_sliding_window", False), False),
+        "mlp_bias": (getattr(config, "mlp_bias", False), False),
+    }
+    if config.model_type != "qwen2":  # whose queries, keys and values have biases and no field says so
+        variants["attention_bias"] = (getattr(config, "attention_bias", False), False)
+    for name, (value, writable) in variants.items():
+        if value != writable:
+            raise ValueError(f"a network with {name}={value!r} cannot be written as GGUF, only with {writable!r}")
+    return config
+
+
+def _plan(
+    weights: dict[str, Tensor], config: PreTrainedConfig, dtype: GGUFType, embedding_dtype: GGUFType
+) -> list[_Stored]:
+    """The file's tensors, in the network's order."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    stored = []
+    for source, tensor in weights.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"the weight {source!r} has no place in a GGUF file of a {config.model_type} network")
+        kind = embedding_dtype if name in ("token_embd.weight", "output.weight") else dtype
+        if tensor.dim() == 1:
+            kind = "F32"
+        elif kind.startswith("Q") and tensor.shape[1] % 32:
+            kind = "F16"
+        if kind == "F16" and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"the weight {source!r} has values beyond those of F16: choose BF16 or F32")
+        stored.append(_Stored(source, name, kind))
+    return stored
+
+
+def _describe(writer: GGUFWriter, config: PreTrainedConfig, dtype: GGUFType, name: str) -> None:
+    import gguf
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # llama.cpp knows no sliding window for these: behind its end, it would attend to more.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(min(window, config.max_position_embeddings))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _describe_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    found = vocabulary(tokenizer, num_rows)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(found.split)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.kinds)
+    writer.add_token_merges(found.merges)
+    added = tokenizer("").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id in added)
+    writer.add_add_eos_token(tokenizer.eos_token_id in added)
+    writer.add_add_space_prefix(False)
+    for token_id, write in (
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (end_of_turn_id(tokenizer), writer.add_eot_token_id),
+    ):
+        if token_id is not None:
+            write(token_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _write_tensors(
+    writer: GGUFWriter, weights: dict[str, Tensor], stored: list[_Stored], config: PreTrainedConfig
+) -> None:
+    """Write one tensor after the other, so that no more than one is held in the file's form."""
+    import gguf
+
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for source, name, kind in stored:
+        shape, quantization = tuple(weights[source].shape), gguf.GGMLQuantizationType[kind]
+        if kind in ("F32", "F16"):
+            plain = np.dtype(np.float32 if kind == "F32" else np.float16)
+            writer.add_tensor_info(name, shape, plain, int(np.prod(shape)) * plain.itemsize, quantization)
+        else:
+            shape = gguf.quants.quant_shape_to_byte_shape(shape, quantization)
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for source, _, kind in stored:
+        array = _array(weights[source])
+        projection = source.split(".")[-2]
+        if ARCHITECTURES[config.model_type] == "llama" and projection in heads:
+            array = _interleaved(array, heads[projection])
+        writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind]))
+    writer.close()
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.float().cpu().contiguous().numpy()
+
+
+def _interleaved(array: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+    """Rows of a query or key projection in the order of llama.cpp's rotary embedding.
+
+    transformers rotates a head's first half with its second, llama.cpp each even row with the odd one after it.
+    """
+    halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+
+
+def _verify(path: Path, network: nn.Module, weights: dict[str, Tensor], stored: list[_Stored]) -> Difference:
+    """Read the file with transformers: every weight must be the network's, rounded as its type says.
+
+    Raises:
+        ValueError: One is not, or an F32 file's logits differ by more than rounding.
+    """
+    import gguf
+
+    with no_progress_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    assert isinstance(loaded, nn.Module)
+    written = loaded.state_dict()
+    for source, name, kind in stored:
+        quantization = gguf.GGMLQuantizationType[kind]
+        rounded = gguf.quants.dequantize(gguf.quants.quantize(_array(weights[source]), quantization), quantization)
+        if not torch.equal(written[source].float().cpu(), torch.from_numpy(rounded)):
+            raise ValueError(f"the GGUF file's {name} is not the network's {source}: the file would be wrong")
+    found = difference(network, loaded.to(network_device(network)))
+    if all(kind == "F32" for _, _, kind in stored) and not found.relative <= TOLERANCE[torch.float32]:
+        raise ValueError(f"the GGUF file's logits differ from the network's by {found.relative:.3g} of the largest one")
+    return found

@@ -1,0 +1,126 @@
+"""Writing a network as a folder that transformers or peft loads."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightllm.export.compare import verify
+from lightllm.export.folder import MARKER, written_whole
+from lightllm.export.merge import merged_network
+from lightllm.export.report import ExportReport
+from lightllm.models.progress import no_progress_bars
+from lightllm.models.stop_tokens import stop_token_ids
+
+Layout = Literal["merged", "adapter"]
+
+
+def export(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    layout: Layout = "merged",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> ExportReport:
+    """Write a network with its tokenizer, read it back, and compare.
+
+    `merged` is an ordinary Hugging Face folder: configuration, weights with any adapter merged, generation
+    configuration, tokenizer and chat template. `adapter` is peft's layout, for `PeftModel.from_pretrained`. The
+    network is left as it was. The folder appears whole or not at all, and replaces an earlier export.
+
+    Args:
+        network: A transformers model, or a peft model around one.
+        tokenizer: The network's.
+        folder: Where to write.
+        layout: `merged` or `adapter`.
+        dtype: Of merged weights; see `merged_network` for the default. An adapter keeps its own.
+        base_model: What an adapter's configuration names as its base; by default what the base was loaded from.
+
+    Raises:
+        ValueError: The layout does not fit the network, `folder` is something else than an earlier export, or what was
+            written does not compute what the network does.
+    """
+    path = Path(folder)
+    with written_whole(path) as unfinished:
+        if layout == "merged":
+            written = _write_merged(network, tokenizer, unfinished, dtype)
+        else:
+            written = _write_adapter(network, unfinished, base_model)
+        tokenizer.save_pretrained(unfinished)
+        num_bytes = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+        report = ExportReport(path, layout, written.dtype, num_bytes, written.absolute, written.relative)
+        (unfinished / MARKER).write_text(json.dumps({**asdict(report), "path": path.name}, indent=2) + "\n")
+    return report
+
+
+class _Written(NamedTuple):
+    dtype: str
+    absolute: float | None
+    relative: float | None
+
+
+def _write_merged(
+    network: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None
+) -> _Written:
+    merged = merged_network(network, dtype)
+    _name_special_tokens(merged, tokenizer)
+    with no_progress_bars():
+        merged.save_pretrained(folder)
+    assert isinstance(merged.dtype, torch.dtype)
+    return _Written(str(merged.dtype).removeprefix("torch."), *verify(folder, network, merged.dtype))
+
+
+def _name_special_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's special tokens where generation reads them; a configuration's own may be another's."""
+    stops = stop_token_ids(network, tokenizer)
+    places: list[GenerationConfig | PreTrainedConfig] = [network.config]
+    if network.can_generate():
+        network.generation_config.use_cache = True
+        places.append(network.generation_config)
+    for place in places:
+        place.bos_token_id = tokenizer.bos_token_id
+        place.pad_token_id = tokenizer.pad_token_id
+        place.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+
+
+def _write_adapter(network: nn.Module, folder: Path, base_model: str | None) -> _Written:
+    if not isinstance(network, PeftModel):
+        raise ValueError(
+            f"layout='adapter' needs an adapter, and this {type(network).__name__} was trained without one: export "
+            "with layout='merged'"
+        )
+    name = network.active_adapter
+    configuration = copy(network.peft_config[name])
+    configuration.inference_mode = True
+    if isinstance(configuration, LoraConfig) and isinstance(configuration.target_modules, set):
+        configuration.target_modules = sorted(configuration.target_modules)  # the same file from the same run
+    configuration.base_model_name_or_path = base_model or configuration.base_model_name_or_path
+    if not configuration.base_model_name_or_path:
+        raise ValueError(
+            "the base network was made from scratch, so that an adapter alone could never be loaded: export with "
+            "layout='merged'"
+        )
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False).items()
+    }
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    configuration.save_pretrained(str(folder))
+    written = load_file(file)
+    if set(written) != set(tensors) or not all(torch.equal(written[key], tensors[key]) for key in tensors):
+        raise ValueError("the adapter's file does not hold what was written into it: is the disk full?")
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return _Written(", ".join(dtypes), None, None)
