@@ -62,6 +62,7 @@ def _append(path: Path, rows: list[tuple[int, str, str]]) -> None:
     """Add rows to the file, without those of this step and later ones that a killed run left there."""
     kept = [line for line in _sound_lines(path) if json.loads(line)["step"] < rows[0][0]]
     new = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("\n".join([*kept, *new]) + "\n", encoding="utf-8")
     temporary.replace(path)
