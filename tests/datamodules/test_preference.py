@@ -7,6 +7,7 @@ import pytest
 from chat_tokenizer import byte_tokenizer
 
 from lightllm.datamodules.preference import PreferenceData, parse_preference
+from lightllm.datamodules.pydoc_rows import chat_rows, preference_rows
 from lightllm.datamodules.rows import BadRow, Origin, Row
 
 USER = {"role": "user", "content": "Hi"}
@@ -120,3 +121,13 @@ def test_pairs_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         preference_data().report_rows("train", row(prompt="Hi", chosen="Good", rejected="Bad"), 1200)
     assert caplog.messages == ["train: preference pairs, 1,200 rows"]
+
+
+def test_offline_pairs_are_right_and_wrong_answers_to_the_same_question() -> None:
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in chat_rows()}
+    pairs = preference_rows()
+    assert len(pairs) == len(answers) > 1000
+    assert all(answers[pair["prompt"]] == pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert {pair["rejected"] for pair in pairs} <= set(answers.values())
+    preference_rows.cache_clear()
+    assert preference_rows() == pairs
