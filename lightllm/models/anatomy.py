@@ -5,6 +5,7 @@ A network here is a transformers model, a peft model around one, or a user's mod
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,23 @@ class Head(NamedTuple):
 def unwrapped(network: nn.Module) -> nn.Module:
     """The transformers model (or `OwnNetwork`) within a peft model, with the adapter's layers in place."""
     return network.get_base_model() if isinstance(network, PeftModel) else network
+
+
+def has_adapter(network: nn.Module) -> bool:
+    """Whether the network is one that peft adapted."""
+    return isinstance(network, PeftModel)
+
+
+def adapter_switched_off(network: nn.Module) -> AbstractContextManager[None]:
+    """Within it, the network is what it was before it was adapted.
+
+    Raises:
+        ValueError: The network has no adapter.
+    """
+    if not isinstance(network, PeftModel):
+        raise ValueError("the network has no adapter that could be switched off")
+    context: AbstractContextManager[None] = network.disable_adapter()
+    return context
 
 
 def transformers_network(network: nn.Module) -> PreTrainedModel:

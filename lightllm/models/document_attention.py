@@ -38,7 +38,9 @@ def document_lengths_or_mask(
         and arguments["q_length"] == arguments["kv_length"]
         and torch.device(arguments["device"]).type == "cpu"
     )
-    lengths = _document_lengths(mask_function, arguments["batch_size"], arguments["q_length"]) if packed_on_cpu else None
+    lengths = (
+        _document_lengths(mask_function, arguments["batch_size"], arguments["q_length"]) if packed_on_cpu else None
+    )
     if lengths is not None:
         return lengths
     mask: Tensor | None = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **arguments)

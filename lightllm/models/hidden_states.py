@@ -16,7 +16,11 @@ def hidden_states(network: nn.Module, batch: TextBatch) -> Tensor:
     No attention mask is passed and no cache made: only then does transformers keep packed documents apart, by their
     restarting positions, and only then does a row of one document take the fast causal kernel.
     """
-    if isinstance(network, PeftModel) and network.active_peft_config.is_prompt_learning:
+    if (
+        isinstance(network, PeftModel)
+        and network.active_peft_config.is_prompt_learning
+        and not network._adapters_disabled
+    ):
         return _behind_a_learned_prompt(network, batch)
     base = unwrapped(network)
     if isinstance(base, OwnNetwork):

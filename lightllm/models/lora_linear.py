@@ -35,9 +35,7 @@ class LoraLinear(PeftLoraLinear):
             return _plain_forward(
                 x.to(dtype), base.weight.to(dtype), base.bias, self.lora_A[name], self.lora_B[name], self.scaling[name]
             )
-        return _plain_forward(
-            x, base.weight, base.bias, self.lora_A[name], self.lora_B[name], self.scaling[name]
-        )
+        return _plain_forward(x, base.weight, base.bias, self.lora_A[name], self.lora_B[name], self.scaling[name])
 
     def _plain_adapter(self) -> str | None:
         """The active adapter if it is the only one and there is nothing to it but `scale * B @ A`."""
@@ -62,7 +60,7 @@ def _plain_forward(
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`y = x W' + bias + scale * (x A') B'`, `W` and `bias` frozen; `x` `[..., in]`, `A` `[rank, in]`, `B` `[out, rank]`.
+    """`y = x W' + bias + scale * (x A') B'`; `W`, `bias` frozen; `x` `[..., in]`, `A` `[rank, in]`, `B` `[out, rank]`.
 
     With `u = x A'` and the gradient `g` of `y`: `dx = g W + scale * (g B) A`, `dA = scale * (g B)' x`,
     `dB = scale * g' u`. Only `x` and the thin `u` are kept.

@@ -3,6 +3,7 @@
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.build import Transformation, TransformationKind
 from lightllm.modules.causal import CausalPretraining, FineTuning
+from lightllm.modules.preference import PreferenceTuning
 from lightllm.modules.schedule import Schedule
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "FineTuning",
     "LanguageModule",
     "Loss",
+    "PreferenceTuning",
     "Schedule",
     "Transformation",
     "TransformationKind",

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -27,7 +28,7 @@ from lightllm.modules.checkpointing import check_restored, without_restorable_we
 from lightllm.modules.parameter_groups import parameter_groups
 from lightllm.modules.run_length import total_optimizer_steps
 from lightllm.modules.schedule import Schedule
-from lightllm.modules.token_metrics import TokenMetrics
+from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
 
 _LOSS_UNIT = 4096
 """Summed losses are divided by this before backward, so that half-precision gradients stay in range; a power of two,
@@ -81,9 +82,9 @@ class LanguageModule(LightningModule, ABC):
         self.transformations: list[Transformation] = []
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.network: nn.Module | None = None
-        self.metrics = TokenMetrics()
+        self.metrics = self.new_metrics()
         self.strict_loading = False  # frozen pretrained weights are in no checkpoint; `on_load_checkpoint` is strict
-        self._step = torch.zeros(2, dtype=torch.float64)
+        self._step = torch.zeros(2, dtype=sum_dtype())
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -149,7 +150,7 @@ class LanguageModule(LightningModule, ABC):
 
     @override
     def on_fit_start(self) -> None:
-        self._step = torch.zeros(2, dtype=self.metrics.loss_sum.dtype, device=self.device)
+        self._step = torch.zeros(2, dtype=sum_dtype(), device=self.device)
 
     @override
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ class LanguageModule(LightningModule, ABC):
 
     @override
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        self._measure(batch)
+        self.measure(batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -181,13 +182,18 @@ class LanguageModule(LightningModule, ABC):
 
     @override
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        self._measure(batch)
+        self.measure(batch)
 
     @override
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
-    def _measure(self, batch: TextBatch) -> None:
+    def new_metrics(self) -> Metric:
+        """What validation and test measure: a metric whose `compute` gives a dictionary of numbers by name."""
+        return TokenMetrics()
+
+    def measure(self, batch: TextBatch) -> None:
+        """Add a batch of validation or test to `self.metrics`."""
         head = output_head(self.built_network)
         statistics = linear_token_statistics(
             self(batch),

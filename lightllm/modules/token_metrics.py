@@ -9,6 +9,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+def sum_dtype() -> torch.dtype:
+    """Of sums over many batches: float64, which keeps their digits, but for Apple's devices, which have none."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
 class TokenMetrics(Metric):
     """Loss per target token and what follows from it, exact over unequal batches and ranks.
 
@@ -30,10 +35,8 @@ class TokenMetrics(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # Apple's devices have no float64; elsewhere a sum over a long validation set keeps its digits.
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         for name in ("loss_sum", "num_targets", "num_correct", "num_bytes"):
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=sum_dtype()), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, num_targets: Tensor, num_correct: Tensor, num_bytes: Tensor) -> None:
         """Add one batch; every argument is a sum over its target tokens, a scalar."""
