@@ -15,7 +15,7 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
@@ -204,7 +204,8 @@ class Checkpoint(ModelCheckpoint):
         return os.path.join(self.dirpath, name)
 
     def _may_save(self, trainer: Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trial
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self._train_time_interval is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
@@ -100,7 +100,7 @@ class Interruption(Callback):
             received = int(trainer.strategy.reduce(anywhere, reduce_op="max"))
         if not received:
             return
-        checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
+        checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
         if checkpoints:
             checkpoints[0].request(lambda path: self._stop(trainer, received, path))
         else:

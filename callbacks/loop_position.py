@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 def at_optimizer_step(trainer: Trainer) -> bool:
@@ -63,8 +66,6 @@ def record_position(trainer: Trainer, state: dict[str, Any]) -> None:
         _all_set(epochs, open_epochs=0, finished=0 if closed or done == 0 else 1)
         _all_set(batches, current=0)
         batches["is_last_batch"] = False
-        # The next epoch's order comes from its number, not from where the last one ended.
-        state["state_dict"].pop("combined_loader", None)
         logged["_batches_that_stepped"] += 0 if closed else stepped
         return
     _all_set(epochs, open_epochs=1, finished=-1 if closed else 0)
@@ -99,25 +100,37 @@ def resume_position(trainer: Trainer, states: list[dict[str, Any]]) -> int | Non
     if epoch_loop.batch_progress.current.ready == 0:
         # An epoch is about to begin. Nothing is resumed within it, so nothing is to be restarted: the loader is asked
         # for a fresh iterator once it knows the epoch's number, and the epoch's first hooks run.
+        _go_to_place(fit_loop, states, within_epoch=False)
         fit_loop._restarting = fit_loop._resuming_from_checkpoint = False
         epoch_loop.restarting = False
         fit_loop.reset_restart_stage()
         epoch_loop.reset_restart_stage()
         return None
-    # Lightning tells the loaders where to go on before it tells them the epoch, or not at all if they were made before
-    # the checkpoint was read (by `configure_optimizers` asking the trainer how many steps there are).
-    loaders, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
-    if states and loaders is not None and fetcher is not None:
-        for loader in loaders.flattened:
-            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
-        loaders._load_state_dicts(states)
-        iter(fetcher)
+    _go_to_place(fit_loop, states, within_epoch=True)
+    assert fit_loop._data_fetcher is not None
+    iter(fit_loop._data_fetcher)
     return epoch_loop._batches_that_stepped + int(at_optimizer_step(trainer))
 
 
 def set_logged_step(trainer: Trainer, step: int) -> None:
     """Have the loggers be given `step` for the current batch."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def _go_to_place(fit_loop: _FitLoop, states: list[dict[str, Any]], within_epoch: bool) -> None:
+    """Have the loaders that can do so go on where they were.
+
+    Lightning does it before it tells them the epoch, and not at all if they were made before the checkpoint was read
+    (by `configure_optimizers` asking the trainer how many steps there are) or if an epoch had ended.
+    """
+    assert fit_loop._combined_loader is not None
+    resumable = [loader for loader in fit_loop._combined_loader.flattened if isinstance(loader, _Stateful)]
+    for loader, state in zip(resumable, states, strict=True):
+        _set_sampler_epoch(loader, fit_loop.trainer.current_epoch)
+        # What torchdata's loader remembers of an epoch that is over is that there are no more batches. Loaders that
+        # count epochs by themselves have to know that one is over.
+        if within_epoch or not isinstance(loader, StatefulDataLoader):
+            loader.load_state_dict(state)
 
 
 def _before_or_in_validation(trainer: Trainer, state: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def _is_finite(parameter: Tensor) -> bool:
 
 
 def _stop(trainer: Trainer, reason: str) -> NoReturn:
-    folders = [callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     checkpoint = next((found for folder in folders if folder and (found := newest_checkpoint(folder))), None)
     good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     raise NonFiniteLossError(
@@ -101,7 +101,7 @@ def _documents(trainer: Trainer, batches: list[Any]) -> list[str]:
     for batch in batches:
         if isinstance(batch, dict) and isinstance(batch.get("document_ids"), Tensor):
             ids += [index for index in batch["document_ids"].unique().tolist() if index != PADDING_DOCUMENT]
-    datamodule = trainer.datamodule
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, DescribesDocuments):
         return [datamodule.describe_document("train", index) for index in ids]
     return [f"document {index}" for index in ids]
