@@ -4,8 +4,10 @@ from lightllm.callbacks.checkpoint import Checkpoint
 from lightllm.callbacks.gradient_norm import GradientNorm
 from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightllm.callbacks.interruption import Interrupted, Interruption
+from lightllm.callbacks.keep_tokenizer import KeepTokenizer
 from lightllm.callbacks.loss_spike import LossSpike
 from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
+from lightllm.callbacks.predictions import Predictions
 from lightllm.callbacks.progress_bar import ProgressBar
 from lightllm.callbacks.random_state import RandomState
 from lightllm.callbacks.rewind_metrics import RewindMetrics
@@ -18,9 +20,11 @@ __all__ = [
     "GradualUnfreezing",
     "Interrupted",
     "Interruption",
+    "KeepTokenizer",
     "LossSpike",
     "NonFiniteLoss",
     "NonFiniteLossError",
+    "Predictions",
     "ProgressBar",
     "RandomState",
     "RewindMetrics",

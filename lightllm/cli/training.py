@@ -19,10 +19,12 @@ import lightllm.modules  # noqa: F401  (importing the parts lets configurations 
 from lightllm.callbacks import (
     Checkpoint,
     Interruption,
+    KeepTokenizer,
     NonFiniteLoss,
     Predictions,
     ProgressBar,
     RandomState,
+    RewindMetrics,
     Throughput,
 )
 from lightllm.checkpoint_io import AtomicCheckpointIO
@@ -62,9 +64,7 @@ class TrainingCommand(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run", type=str | None, default=None, help="Run folder; numbered if it is taken."
-        )
+        parser.add_argument("--run", type=str | None, default=None, help="Run folder; numbered if it is taken.")
         parser.add_argument("--log", type=Log, default="csv", help="Log there too; metrics.csv is always written.")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Throughput, "throughput")
@@ -86,7 +86,7 @@ class TrainingCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.run_folder is not None
         if self.config_init.trainer.logger is None:
-            kwargs["logger"] = loggers(self.config.log, self.run_folder.path)
+            kwargs["logger"] = loggers([self.config.log], self.run_folder.path)
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -96,7 +96,7 @@ class TrainingCommand(LightningCLI):
         # A user's own callback of one of these classes stands in for the one that every run has.
         own = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         given = {type(callback) for callback in own}
-        always = [*callbacks, RandomState(), Interruption(), NonFiniteLoss()]
+        always = [*callbacks, RandomState(), RewindMetrics(), KeepTokenizer(), NonFiniteLoss(), Interruption()]
         if config.get("enable_progress_bar") is not False:
             always.append(ProgressBar())
         return super()._instantiate_trainer(config, [one for one in always if type(one) not in given])
@@ -131,7 +131,7 @@ def _fit(arguments: list[str]) -> int:
     assert command.run_folder is not None
     rank_zero_info(f"run folder: {command.run_folder.path}" + (f", resumed from {checkpoint}" if checkpoint else ""))
     command.trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
-    return _interruption(command.trainer)
+    return 0
 
 
 def _measure(verb: str, arguments: list[str]) -> int:
@@ -144,7 +144,7 @@ def _measure(verb: str, arguments: list[str]) -> int:
     getattr(command.trainer, verb)(
         command.model, datamodule=command.datamodule, ckpt_path=str(run.best_checkpoint()), weights_only=True
     )
-    return _interruption(command.trainer)
+    return 0
 
 
 def _command(verb: str, arguments: list[str], run: RunFolder | None) -> TrainingCommand:
@@ -159,10 +159,6 @@ def _command(verb: str, arguments: list[str], run: RunFolder | None) -> Training
         return TrainingCommand(verb, arguments, run)
     except argparse.ArgumentError as error:
         raise ValueError(nearest_spelling(str(error))) from error
-
-
-def _interruption(trainer: Trainer) -> int:
-    return next((one.exit_code for one in trainer.callbacks if isinstance(one, Interruption)), 0)  # type: ignore[attr-defined]
 
 
 def _take_resume(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
-from lightllm.losses import linear_token_statistics
+from lightllm.losses import linear_log_probabilities, linear_token_statistics
 from lightllm.models.adapters import Adapter, Full
 from lightllm.models.anatomy import max_positions, output_head, vocabulary_size
 from lightllm.models.hidden_states import hidden_states
@@ -187,6 +187,19 @@ class LanguageModule(LightningModule, ABC):
     @override
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
+
+    @override
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Log probability of every target, `[batch, seq]`, 0 elsewhere; in nats."""
+        head = output_head(self.built_network)
+        return linear_log_probabilities(
+            self(batch),
+            head.weight,
+            batch["labels"],
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
 
     def new_metrics(self) -> Metric:
         """What validation and test measure: a metric whose `compute` gives a dictionary of numbers by name."""

@@ -1,0 +1,144 @@
+"""The verbs that need no Trainer: generate, chat, export, configs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from lightllm.cli import configs as shipped
+from lightllm.cli.errors import run_explained
+from lightllm.generate.decoding import Decoding
+from lightllm.runs import RunFolder
+
+Format = Literal["merged", "adapter", "gguf"]
+
+
+def main(verb: str, arguments: list[str]) -> int:
+    """Run one of the plain verbs; the exit status."""
+    functions: dict[str, Callable[..., int]] = {
+        "generate": generate,
+        "chat": chat,
+        "export": export,
+        "configs": configs,
+    }
+    parser = ArgumentParser(prog=f"lightllm {verb}", description=(functions[verb].__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(functions[verb], as_positional=True)
+    values = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    return run_explained(f"lightllm {verb}", lambda: functions[verb](**values))
+
+
+def generate(
+    model: str,
+    prompt: str,
+    as_chat: bool = False,
+    checkpoint: str = "best",
+    decoding: Decoding = Decoding(),  # noqa: B008  (frozen, and jsonargparse shows its fields)
+) -> int:
+    """Continue a prompt, and print the continuation as it comes.
+
+    Args:
+        model: A run folder, a Hugging Face folder, a hub id, a GGUF file or a packaged model.
+        prompt: The text; `-` reads it from standard input.
+        as_chat: Put the prompt as a user's turn into the model's chat template.
+        checkpoint: Of a run: best, newest or a file.
+        decoding: How tokens are chosen.
+    """
+    from lightllm.cli.rebuild import load
+    from lightllm.generate import stream
+
+    loaded = load(model, checkpoint)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not as_chat:
+        print(text, end="")
+    question = [{"role": "user", "content": text}] if as_chat else text
+    for piece in stream(loaded.network, loaded.tokenizer, question, decoding):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def chat(
+    model: str,
+    system: str | None = None,
+    checkpoint: str = "best",
+    decoding: Decoding = Decoding(temperature=0.7, top_p=0.95),  # noqa: B008
+) -> int:
+    """Talk to a model in the terminal; /reset forgets, /quit ends.
+
+    Args:
+        model: A run folder, a Hugging Face folder, a hub id, a GGUF file or a packaged model.
+        system: What the system turn says.
+        checkpoint: Of a run: best, newest or a file.
+        decoding: How tokens are chosen.
+    """
+    from lightllm.cli.rebuild import load
+    from lightllm.generate import converse
+
+    loaded = load(model, checkpoint)
+    converse(loaded.network, loaded.tokenizer, decoding, system=system)
+    return 0
+
+
+def export(
+    model: str,
+    to: str | None = None,
+    format: Format = "merged",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"] = "F16",
+    checkpoint: str = "best",
+) -> int:
+    """Write a model as an ordinary Hugging Face folder, an adapter, or a GGUF file; read back and compared.
+
+    Args:
+        model: A run folder, or anything else that holds a model.
+        to: Where to; a run's is RUN/export by default.
+        format: `merged` is a whole Hugging Face folder, `adapter` peft's layout, `gguf` a file for llama.cpp.
+        dtype: Of merged weights.
+        gguf_type: Of a GGUF file's matrices.
+        checkpoint: Of a run: best, newest or a file.
+    """
+    import torch
+
+    from lightllm.cli.rebuild import load
+    from lightllm.export import export as write
+    from lightllm.export import write_gguf
+
+    run = RunFolder(model)
+    if to is None and not run.exists:
+        raise ValueError(f"{model!r} is no run folder: say with --to where to write")
+    loaded = load(model, checkpoint)
+    if format == "gguf":
+        target = Path(to) if to is not None else run.path / "export.gguf"
+        report = write_gguf(loaded.network, loaded.tokenizer, target, gguf_type)
+    else:
+        report = write(
+            loaded.network,
+            loaded.tokenizer,
+            Path(to) if to is not None else run.export,
+            layout=format,
+            dtype=getattr(torch, dtype) if dtype else None,
+            base_model=loaded.base,
+        )
+    print(report)
+    return 0
+
+
+def configs(name: str | None = None, to: str = ".") -> int:
+    """List the configurations that come with the package, or copy one.
+
+    Args:
+        name: Which to copy, as listed; all are listed without it.
+        to: File or folder of the copy.
+    """
+    if name is None:
+        names = shipped.config_names()
+        width = max(map(len, names), default=0)
+        for one in names:
+            print(f"{one:{width}}  {shipped.summary(one)}")
+        return 0
+    print(shipped.copy_config(name, Path(to)))
+    return 0
