@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -85,14 +86,14 @@ class GradualUnfreezing(Callback):
         self, network: nn.Module, make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]
     ) -> Optimizer:
         """Make the optimizer of all layers: each group is cut into one a layer, with the frozen ones added."""
+        if isinstance(network, PeftModel):
+            raise ValueError("GradualUnfreezing would train what the adapter leaves alone: take the adapter Frozen")
         layers = layers_from_the_top(network)
         frozen = [[parameter for parameter in layer if not parameter.requires_grad] for layer in layers]
         self._frozen = [layer for layer in frozen if layer]
         self._num_thawed = 0
         if not self._frozen:
             raise ValueError("nothing is frozen, so GradualUnfreezing has nothing to thaw: take the adapter Frozen")
-        if quantized := [p.dtype for layer in self._frozen for p in layer if not p.is_floating_point()]:
-            raise ValueError(f"GradualUnfreezing cannot train weights of {quantized[0]}: take the adapter Frozen")
         # A frozen matrix is decayed like the matrices that train; a frozen norm, like the norms that train, is not.
         group_of = {p: number for number, group in enumerate(groups) for p in group["params"]}
         number_by_dimensions = {p.ndim: number for p, number in group_of.items()}

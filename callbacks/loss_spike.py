@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,14 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightllm.batch import PADDING_DOCUMENT, TextBatch
-
-
-@runtime_checkable
-class NamesDocuments(Protocol):
-    """A datamodule that knows where a document comes from."""
-
-    def describe_document(self, split: str, document_id: int) -> str:
-        """Return a place such as `path/file.jsonl:17`."""
+from lightllm.callbacks.non_finite_loss import DescribesDocuments
 
 
 class _MicroBatch(NamedTuple):
@@ -125,7 +118,7 @@ class LossSpike(Callback):
         worst, documents = max(_gathered(_worst_micro_batch(self._step)))
         datamodule = getattr(trainer, "datamodule", None)
         names = [str(document) for document in documents[: self.max_documents]]
-        if isinstance(datamodule, NamesDocuments):
+        if isinstance(datamodule, DescribesDocuments):
             names = [datamodule.describe_document("train", document) for document in documents[: self.max_documents]]
         more = len(documents) - len(names)
         rank_zero_warn(
