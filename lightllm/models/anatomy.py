@@ -44,7 +44,7 @@ class OwnNetwork(nn.Module):
 
 
 class Head(NamedTuple):
-    """How logits come from the last hidden state: `softcap * tanh((scale * hidden @ weight.T + bias) / softcap)`."""
+    """How logits come from the last hidden state; its fields are arguments of the losses of the same names."""
 
     weight: Tensor
     """`[vocab, hidden]`, perhaps the input embedding's own."""

@@ -191,14 +191,8 @@ class LanguageModule(LightningModule, ABC):
     @override
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Log probability of every target, `[batch, seq]`, 0 elsewhere; in nats."""
-        head = output_head(self.built_network)
         return linear_log_probabilities(
-            self(batch),
-            head.weight,
-            batch["labels"],
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+            self(batch), labels=batch["labels"], **output_head(self.built_network)._asdict()
         )
 
     def new_metrics(self) -> Metric:
@@ -208,14 +202,7 @@ class LanguageModule(LightningModule, ABC):
     def measure(self, batch: TextBatch) -> None:
         """Add a batch of validation or test to `self.metrics`."""
         head = output_head(self.built_network)
-        statistics = linear_token_statistics(
-            self(batch),
-            head.weight,
-            batch["labels"],
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        statistics = linear_token_statistics(self(batch), labels=batch["labels"], **head._asdict())
         targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
         self.metrics.update(*statistics, self._token_bytes()[targets].sum())
 

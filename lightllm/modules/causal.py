@@ -61,12 +61,9 @@ def next_token_loss(
     head = output_head(module.built_network)
     total = linear_cross_entropy(
         hidden,
-        head.weight,
-        batch["labels"],
-        bias=head.bias,
+        labels=batch["labels"],
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head._asdict(),
     )
     return Loss(total, (batch["labels"] != IGNORE_INDEX).sum())

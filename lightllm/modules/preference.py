@@ -134,14 +134,7 @@ class PreferenceTuning(LanguageModule):
 
     def _scores(self, network: nn.Module, hidden: Tensor, batch: TextBatch) -> PairScores:
         head = output_head(network)
-        positions = linear_log_probabilities(
-            hidden,
-            head.weight,
-            batch["labels"],
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        positions = linear_log_probabilities(hidden, labels=batch["labels"], **head._asdict())
         return pair_scores(positions, batch, mean=self.loss == "ipo")
 
 
@@ -156,7 +149,7 @@ def pair_scores(positions: Tensor, batch: TextBatch, mean: bool) -> PairScores:
     ids, index = documents[inside].unique(return_inverse=True)
     if len(ids) % 2 or not torch.equal(ids[0::2] + 1, ids[1::2]) or (ids[0::2] % 2).any():
         raise ValueError(
-            f"preference batches hold pairs of documents, 2p chosen and 2p + 1 rejected; this one holds {ids.tolist()}: "
+            f"preference batches hold pairs, 2p chosen and 2p + 1 rejected, and this has {ids.tolist()}: "
             "use PreferenceData, or a datamodule that keeps pairs together"
         )
     zeros = torch.zeros(len(ids), dtype=positions.dtype, device=positions.device)
