@@ -1,6 +1,8 @@
 """What happens during training: schedule, hook, log."""
 
+from lightllm.callbacks.before_and_after import BeforeAndAfter
 from lightllm.callbacks.checkpoint import Checkpoint
+from lightllm.callbacks.export_best import ExportBest
 from lightllm.callbacks.gradient_norm import GradientNorm
 from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightllm.callbacks.interruption import Interrupted, Interruption
@@ -15,7 +17,9 @@ from lightllm.callbacks.samples import SampleGenerations
 from lightllm.callbacks.throughput import Throughput
 
 __all__ = [
+    "BeforeAndAfter",
     "Checkpoint",
+    "ExportBest",
     "GradientNorm",
     "GradualUnfreezing",
     "Interrupted",
