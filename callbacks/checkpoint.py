@@ -64,7 +64,7 @@ class Checkpoint(ModelCheckpoint):
         dirpath: str | None = None,
         filename: str = "{step}",
     ) -> None:
-        if not (every_n_train_steps or every_n_epochs or train_time_interval):
+        if not (every_n_train_steps or every_n_epochs) and train_time_interval is None:
             every_n_train_steps = 200
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least 1, so that there is something to resume from")

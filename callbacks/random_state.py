@@ -32,6 +32,17 @@ class RandomState(Callback):
         self._drawn_elsewhere = False
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._after_batch = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._after_batch is None:
+            self._after_batch = random_numbers(pl_module.device)
+        self._drawn_elsewhere = True
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._drawn_elsewhere and self._after_batch is not None:
             restore_random_numbers(self._after_batch, pl_module.device)
@@ -60,7 +71,7 @@ class RandomState(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("random_numbers", [])
         if trainer.global_rank < len(saved):
-            self._after_batch, self._drawn_elsewhere = saved[trainer.global_rank], True
+            self._after_batch = saved[trainer.global_rank]
         else:
             rank_zero_warn(
                 f"the checkpoint has random numbers for {len(saved)} of {trainer.world_size} ranks: the others, and so "
