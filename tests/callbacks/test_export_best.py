@@ -24,6 +24,7 @@ class Scored(TinyModule):
     """A tiny module whose validations have the scores that it is told, and that keeps its logits at each."""
 
     def __init__(self, scores: list[float], network: Any = None) -> None:
+        torch.manual_seed(0)
         super().__init__(network or tiny_llama().train())
         self.tokenizer = tiny_tokenizer()
         self.scores = list(scores)
