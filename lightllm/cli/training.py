@@ -86,7 +86,8 @@ class TrainingCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.run_folder is not None
         if self.config_init.trainer.logger is None:
-            kwargs["logger"] = loggers([self.config.log], self.run_folder.path)
+            # A measurement has no step, so it is printed and no row of the run's curves.
+            kwargs["logger"] = loggers([self.config.log], self.run_folder.path) if self.verb == "fit" else False
         plugins = self.config_init.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -103,12 +104,14 @@ class TrainingCommand(LightningCLI):
 
     @rank_zero_only
     def write_config(self) -> None:
-        """Keep the resolved configuration in the run folder."""
+        """Keep the resolved configuration in the run folder, and have the loggers keep it."""
         assert self.run_folder is not None
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config.pop("config", None)
         self.run_folder.path.mkdir(parents=True, exist_ok=True)
         self.run_folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(config)
 
 
 def main(verb: str, arguments: list[str]) -> int:
