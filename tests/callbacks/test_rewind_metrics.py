@@ -3,20 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import TinyModule, tiny_batches, tiny_loader, tiny_trainer
 
-from lightllm.callbacks import RewindMetrics
+from lightllm.callbacks import Checkpoint, RewindMetrics
 from lightllm.loggers import RunCSVLogger
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
 def fit(folder: Path, steps: int, resume: Path | None = None) -> list[str]:
-    checkpoints = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1)
+    checkpoints = Checkpoint(every_n_train_steps=3, keep=10)
     trainer = tiny_trainer(
         folder,
         [RewindMetrics(), checkpoints],
@@ -30,10 +26,11 @@ def fit(folder: Path, steps: int, resume: Path | None = None) -> list[str]:
     return (folder / "metrics.csv").read_text().splitlines()
 
 
-def test_a_resumed_run_leaves_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_leaves_the_same_file(tmp_path: Path, step: int) -> None:
     whole = fit(tmp_path, 8)
     assert [line.split(",")[0] for line in whole] == ["step", *map(str, range(8))]
-    resumed = fit(tmp_path, 8, tmp_path / "checkpoints" / "step=3.ckpt")
+    resumed = fit(tmp_path, 8, tmp_path / "checkpoints" / f"step={step}.ckpt")
     assert resumed == whole
 
 
