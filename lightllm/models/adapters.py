@@ -1,19 +1,23 @@
-"""How a network is adapted: which of its weights train, and what is added. All but freezing is peft's."""
+"""How a network is adapted: which of its weights train, and what is added. All but freezing is peft's.
+
+Peft is imported when an adapter is attached: it takes a second, and `lightllm fit --help` has no need of it.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightllm.models.anatomy import blocks, input_embedding
-from lightllm.models.lora_linear import LoraLinear
 from lightllm.models.network import Dtype, torch_dtype
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
 
 
 class Adapter(ABC):
@@ -106,6 +110,8 @@ class _LowRank(Adapter):
         self.modules_to_save = modules_to_save
 
     def _configuration(self) -> LoraConfig:
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # declared int, divided as a number
@@ -116,6 +122,8 @@ class _LowRank(Adapter):
 
     @override
     def attach(self, network: nn.Module) -> nn.Module:
+        from lightllm.models.lora_linear import LoraLinear
+
         configuration = self._configuration()
         if not getattr(network, "is_quantized", False):
             configuration._register_custom_module({nn.Linear: LoraLinear})
@@ -200,6 +208,8 @@ class Prefix(Adapter):
 
     @override
     def attach(self, network: nn.Module) -> nn.Module:
+        from peft import PrefixTuningConfig
+
         return _peft(network, PrefixTuningConfig(num_virtual_tokens=self.num_tokens, prefix_projection=self.projection))
 
 
@@ -217,10 +227,14 @@ class PromptTuning(Adapter):
 
     @override
     def attach(self, network: nn.Module) -> nn.Module:
+        from peft import PromptTuningConfig
+
         return _peft(network, PromptTuningConfig(num_virtual_tokens=self.num_tokens))
 
 
 def _peft(network: nn.Module, configuration: PeftConfig) -> nn.Module:
+    from peft import TaskType, get_peft_model
+
     if isinstance(network, PreTrainedModel):
         configuration.task_type = TaskType.CAUSAL_LM if network.can_generate() else TaskType.FEATURE_EXTRACTION
     # Peft keeps the adapter in float32 beside half-precision weights: small updates would be rounded away.

@@ -1,6 +1,7 @@
 """The only file that knows where a network keeps its decoder, blocks, embedding and head.
 
-A network here is a transformers model, a peft model around one, or a user's module in an `OwnNetwork`.
+A network here is a transformers model, a peft model around one, or a user's module in an `OwnNetwork`. Peft is
+imported where it is asked for: it takes a second, and `lightllm fit --help` has no need of it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,12 +55,25 @@ class Head(NamedTuple):
 
 def unwrapped(network: nn.Module) -> nn.Module:
     """The transformers model (or `OwnNetwork`) within a peft model, with the adapter's layers in place."""
+    from peft import PeftModel
+
     return network.get_base_model() if isinstance(network, PeftModel) else network
 
 
 def has_adapter(network: nn.Module) -> bool:
     """Whether the network is one that peft adapted."""
+    from peft import PeftModel
+
     return isinstance(network, PeftModel)
+
+
+def learns_a_prompt(network: nn.Module) -> bool:
+    """Whether peft puts something learned before every row now: a prefix or a prompt that is not switched off."""
+    from peft import PeftModel
+
+    if not isinstance(network, PeftModel) or network._adapters_disabled:
+        return False
+    return bool(network.active_peft_config.is_prompt_learning)
 
 
 def adapter_switched_off(network: nn.Module) -> AbstractContextManager[None]:
@@ -70,6 +82,8 @@ def adapter_switched_off(network: nn.Module) -> AbstractContextManager[None]:
     Raises:
         ValueError: The network has no adapter.
     """
+    from peft import PeftModel
+
     if not isinstance(network, PeftModel):
         raise ValueError("the network has no adapter that could be switched off")
     context: AbstractContextManager[None] = network.disable_adapter()
@@ -126,8 +140,7 @@ def input_embedding(network: nn.Module) -> nn.Embedding:
     found = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
     if found is None:
         found = next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
-    if isinstance(found, ModulesToSaveWrapper):
-        found = found.modules_to_save[found.active_adapters[0]]
+    found = _trained_copy(found)
     if not isinstance(found, nn.Embedding):
         raise ValueError(f"{type(base).__name__} has no nn.Embedding for its tokens")
     return found
@@ -145,10 +158,9 @@ def output_head(network: nn.Module) -> Head:
         return Head(_tensor(layer, "weight"), _optional_tensor(layer, "bias"), None, 1.0)
     assert isinstance(base, PreTrainedModel)
     layer = base.get_output_embeddings()
+    layer = _trained_copy(layer)
     if layer is None:
         raise ValueError(f"{type(base).__name__} has no head that makes logits")
-    if isinstance(layer, ModulesToSaveWrapper):
-        layer = layer.modules_to_save[layer.active_adapters[0]]
     config = base.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -198,6 +210,13 @@ def apply_head(hidden: Tensor, head: Head) -> Tensor:
     """Logits `[..., vocab]` of hidden states `[..., hidden]`; for few positions, since losses never form them whole."""
     logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _trained_copy(module: nn.Module | None) -> nn.Module | None:
+    """The copy of a module that peft trains beside the original, where it does."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return module.modules_to_save[module.active_adapters[0]] if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor:

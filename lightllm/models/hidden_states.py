@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from lightllm.batch import TextBatch
-from lightllm.models.anatomy import OwnNetwork, decoder, unwrapped
+from lightllm.models.anatomy import OwnNetwork, decoder, learns_a_prompt, unwrapped
 
 
 def hidden_states(network: nn.Module, batch: TextBatch) -> Tensor:
@@ -16,11 +15,7 @@ def hidden_states(network: nn.Module, batch: TextBatch) -> Tensor:
     No attention mask is passed and no cache made: only then does transformers keep packed documents apart, by their
     restarting positions, and only then does a row of one document take the fast causal kernel.
     """
-    if (
-        isinstance(network, PeftModel)
-        and network.active_peft_config.is_prompt_learning
-        and not network._adapters_disabled
-    ):
+    if learns_a_prompt(network):
         return _behind_a_learned_prompt(network, batch)
     base = unwrapped(network)
     if isinstance(base, OwnNetwork):
@@ -29,7 +24,7 @@ def hidden_states(network: nn.Module, batch: TextBatch) -> Tensor:
     return output.last_hidden_state
 
 
-def _behind_a_learned_prompt(network: PeftModel, batch: TextBatch) -> Tensor:
+def _behind_a_learned_prompt(network: nn.Module, batch: TextBatch) -> Tensor:
     """Through peft's own forward, which puts the prompt before the row: in the cache or in the embeddings.
 
     The head is asked for one position only, and the hidden states are read where they leave the decoder. Rows hold
