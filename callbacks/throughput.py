@@ -55,9 +55,7 @@ class Throughput(Callback):
         self._batch_ended: float | None = None  # None after an interruption
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]
-        if self.peak_flops is None:
-            self.peak_flops = peak_flops(pl_module.device, _compute_dtype(trainer, pl_module.built_network))
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window = None
         self._steps_done = trainer.global_step
         self._batch_ended = None
@@ -101,7 +99,9 @@ class Throughput(Callback):
             self._window = _Window()
 
     def _log(self, window: _Window, trainer: Trainer, pl_module: LanguageModule) -> None:
-        assert self.peak_flops is not None
+        if self.peak_flops is None:
+            self.peak_flops = peak_flops(pl_module.device, _compute_dtype(trainer, pl_module.built_network))
+            self._batch_ended = None  # measuring is no waiting for data
         counts = trainer.strategy.reduce(window.counts, reduce_op="sum")
         peak = torch.tensor(peak_memory(pl_module.device), device=pl_module.device)
         memory = trainer.strategy.reduce(peak, reduce_op="max")
