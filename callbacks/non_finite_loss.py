@@ -67,7 +67,7 @@ class NonFiniteLoss(Callback):
         bad = [batch for loss, batch in losses if not loss.isfinite()]
         documents = [name for names in _gathered(_documents(trainer, bad), trainer.world_size) for name in names]
         _stop(
-            trainer, f"the loss of step {trainer.global_step + 1} is not finite. Its batch holds {_listed(documents)}"
+            trainer, f"the loss of step {trainer.global_step + 1} is not finite; its batch holds {_listed(documents)}"
         )
 
     @override
