@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from chat_tokenizer import CHATML, byte_tokenizer
 
-from lightllm.batch import Document
+from lightllm.batch import IGNORE_INDEX, Document
 from lightllm.datamodules.chat import ChatData
+from lightllm.datamodules.preparation import Reading
 from lightllm.datamodules.rows import BadRow, Origin, Row
 from lightllm.models.chat_template import DEFAULT_CHAT_TEMPLATE
 
@@ -126,3 +130,42 @@ def test_bad_row_is_named(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow, match=r"^chats.jsonl:7: ") as error:
         chat_data().encode(row(**values))
     assert reason in error.value.reason
+
+
+def test_from_a_file_to_batches(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [{"messages": TURNS[:2]}, {"messages": TURNS}, {"prompt": "Hi", "completion": "Ho"}] * 3
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ChatData(str(file), str(file), tokenizer=byte_tokenizer(), reading=Reading(cache=str(tmp_path / "cache")))
+    data.prepare_data()
+    data.setup("fit")
+    tokenizer = data.loaded_tokenizer
+    answers: dict[int, str] = {}
+    for batch in data.train_dataloader():
+        targets = batch["labels"] != IGNORE_INDEX
+        for document in batch["document_ids"][targets].unique().tolist():
+            here = targets & (batch["document_ids"] == document)
+            answers[document] = tokenizer.decode(batch["labels"][here])
+            # What is to be predicted is what comes next, where something does.
+            follows = here[:, :-1] & here[:, 1:]
+            assert torch.equal(batch["labels"][:, :-1][follows], batch["input_ids"][:, 1:][follows])
+    says = ["Ho<|im_end|>", "Ho<|im_end|>Bye<|im_end|>", "Ho<|im_end|>"] * 3
+    assert answers == dict(enumerate(says))
+    assert data.describe_document("train", 4) == f"{file}:5"
+
+
+def test_bad_rows_stop_before_training_or_are_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [{"messages": TURNS[:2]}, {"messages": TURNS[1:]}, {"messages": TURNS}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = str(tmp_path / "cache")
+    data = ChatData(str(file), str(file), tokenizer=byte_tokenizer(), reading=Reading(cache=cache))
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: wrong role order: message 1 (assistant)")):
+        data.prepare_data()
+    reading = Reading(cache=cache, bad_rows="skip")
+    data = ChatData(str(file), str(file), tokenizer=byte_tokenizer(), reading=reading)
+    data.prepare_data()
+    data.setup("fit")
+    documents = data.train_documents
+    assert documents is not None
+    assert [str(documents.origin(index)) for index in range(len(documents))] == [f"{file}:1", f"{file}:3"]

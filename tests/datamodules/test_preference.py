@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from chat_tokenizer import byte_tokenizer
 
+from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT
+from lightllm.datamodules.base import Batches
 from lightllm.datamodules.preference import PreferenceData, parse_preference
+from lightllm.datamodules.preparation import Reading
 from lightllm.datamodules.pydoc_rows import chat_rows, preference_rows
 from lightllm.datamodules.rows import BadRow, Origin, Row
 
@@ -131,3 +136,44 @@ def test_offline_pairs_are_right_and_wrong_answers_to_the_same_question() -> Non
     assert {pair["rejected"] for pair in pairs} <= set(answers.values())
     preference_rows.cache_clear()
     assert preference_rows() == pairs
+
+
+@pytest.mark.parametrize("mode", ["packed", "sorted"])
+def test_both_documents_of_a_pair_are_in_one_batch(tmp_path: Path, mode: Literal["packed", "sorted"]) -> None:
+    pairs = [{"prompt": "Hi" * (n % 7 + 1), "chosen": "a" * (n + 1), "rejected": "b" * (40 - n)} for n in range(40)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = PreferenceData(
+        str(file),
+        str(file),
+        tokenizer=byte_tokenizer(),
+        max_length=128,
+        batches=Batches(mode=mode, tokens=512),
+        reading=Reading(cache=str(tmp_path / "cache")),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    tokenizer = data.loaded_tokenizer
+    seen: list[int] = []
+    num_batches = 0
+    for batch in data.train_dataloader():
+        num_batches += 1
+        ids = [one for one in batch["document_ids"].unique().tolist() if one != PADDING_DOCUMENT]
+        assert ids == sorted(one for pair in {one // 2 for one in ids} for one in (2 * pair, 2 * pair + 1))
+        for one in ids:
+            labels = batch["labels"][batch["document_ids"] == one]
+            answer = tokenizer.decode(labels[labels != IGNORE_INDEX])
+            assert answer == pairs[one // 2]["rejected" if one % 2 else "chosen"] + "<|im_end|>"
+        seen += ids
+    assert sorted(seen) == list(range(80))
+    assert num_batches > 5
+
+
+def test_offline_pairs_are_a_source(tmp_path: Path) -> None:
+    reading = Reading(cache=str(tmp_path / "cache"), limit=20)
+    data = PreferenceData("pydoc-preference", tokenizer=byte_tokenizer(), max_length=2048, reading=reading)
+    data.prepare_data()
+    data.setup("fit")
+    documents = data.train_documents
+    assert documents is not None
+    assert len(documents) == 2 * 19  # and one pair held out
