@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARKER = "export.json"
-"""The file by which a folder is known as an earlier export, which a new one may replace."""
+from lightllm.export.report import MARKER
 
 
 @contextmanager

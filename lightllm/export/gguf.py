@@ -5,6 +5,7 @@ The names and orders of tensors are those of llama.cpp's own converter. Quantiza
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lightllm.export.compare import TOLERANCE, Difference, difference
+from lightllm.export.compare import Difference, checked_difference, difference
 from lightllm.export.gguf_vocabulary import vocabulary
 from lightllm.export.merge import merged_weights
 from lightllm.export.report import ExportReport
@@ -89,7 +90,7 @@ def write_gguf(
         _describe(writer, config, dtype, path.stem)
         _describe_tokenizer(writer, tokenizer, vocabulary_size(base))
         _write_tensors(writer, weights, stored, config)
-        found = _verify(unfinished, network, weights, stored)
+        found = _verify(unfinished, network, config, weights, stored)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -111,6 +112,8 @@ def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
         "use_sliding_window": (getattr(config, "use_sliding_window", False), False),
         "mlp_bias": (getattr(config, "mlp_bias", False), False),
     }
+    if config.model_type == "qwen3":  # transformers reads every one back as if its heads were of this width
+        variants["head_dim"] = (config.head_dim, 128)
     if config.model_type != "qwen2":  # whose queries, keys and values have biases and no field says so
         variants["attention_bias"] = (getattr(config, "attention_bias", False), False)
     for name, (value, writable) in variants.items():
@@ -231,24 +234,36 @@ def _interleaved(array: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any,
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
 
 
-def _verify(path: Path, network: nn.Module, weights: dict[str, Tensor], stored: list[_Stored]) -> Difference:
+def _verify(
+    path: Path, network: nn.Module, config: PreTrainedConfig, weights: dict[str, Tensor], stored: list[_Stored]
+) -> Difference:
     """Read the file with transformers: every weight must be the network's, rounded as its type says.
 
     Raises:
-        ValueError: One is not, or an F32 file's logits differ by more than rounding.
+        ValueError: One is not, or a number of the configuration, or an F32 file's logits differ by more than rounding.
     """
     import gguf
 
     with no_progress_bars():
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    assert isinstance(loaded, nn.Module)
     written = loaded.state_dict()
     for source, name, kind in stored:
         quantization = gguf.GGMLQuantizationType[kind]
         rounded = gguf.quants.dequantize(gguf.quants.quantize(_array(weights[source]), quantization), quantization)
         if not torch.equal(written[source].float().cpu(), torch.from_numpy(rounded)):
             raise ValueError(f"the GGUF file's {name} is not the network's {source}: the file would be wrong")
-    found = difference(network, loaded.to(network_device(network)))
-    if all(kind == "F32" for _, _, kind in stored) and not found.relative <= TOLERANCE[torch.float32]:
-        raise ValueError(f"the GGUF file's logits differ from the network's by {found.relative:.3g} of the largest one")
-    return found
+    for name, value in _numbers(config).items():
+        if not math.isclose(_numbers(loaded.config)[name], value, rel_tol=1e-6):
+            raise ValueError(f"the GGUF file is read back with another {name} than {value}: the file would be wrong")
+    read: nn.Module = loaded
+    read.to(network_device(network))
+    exact = all(kind == "F32" for _, _, kind in stored)
+    return checked_difference(network, read, torch.float32) if exact else difference(network, read)
+
+
+def _numbers(config: PreTrainedConfig) -> dict[str, float]:
+    """What the logits depend on beside the weights."""
+    numbers = {
+        name: float(getattr(config, name)) for name in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    }
+    return {**numbers, "rope_theta": float(config.rope_parameters["rope_theta"])}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+MARKER = "export.json"
+"""The report beside an exported folder's other files, by which the folder is known as an export."""
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,7 @@ class ExportReport:
     compared instead."""
     relative_logit_difference: float | None
     """The same as a share of the largest logit."""
+
+    def write(self, folder: Path) -> None:
+        """Leave the report in `folder`, with the export's name instead of its path, which others don't have."""
+        (folder / MARKER).write_text(json.dumps({**asdict(self), "path": self.path.name}, indent=2) + "\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightllm.export.compare import verify
-from lightllm.export.folder import MARKER, written_whole
+from lightllm.export.folder import written_whole
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
 from lightllm.models.progress import no_progress_bars
@@ -61,7 +59,7 @@ def export(
         tokenizer.save_pretrained(unfinished)
         num_bytes = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
         report = ExportReport(path, layout, written.dtype, num_bytes, written.absolute, written.relative)
-        (unfinished / MARKER).write_text(json.dumps({**asdict(report), "path": path.name}, indent=2) + "\n")
+        report.write(unfinished)
     return report
 
 
@@ -104,7 +102,7 @@ def _write_adapter(network: nn.Module, folder: Path, base_model: str | None) -> 
     name = network.active_adapter
     configuration = copy(network.peft_config[name])
     configuration.inference_mode = True
-    if isinstance(configuration, LoraConfig) and isinstance(configuration.target_modules, set):
+    if isinstance(configuration, LoraConfig) and not isinstance(configuration.target_modules, str | None):
         configuration.target_modules = sorted(configuration.target_modules)  # the same file from the same run
     configuration.base_model_name_or_path = base_model or configuration.base_model_name_or_path
     if not configuration.base_model_name_or_path:
