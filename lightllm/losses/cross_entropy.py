@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import check_inputs, product_dtype
-from lightllm.losses.position_losses import position_losses
+from lightllm.losses.position_losses import position_losses, refuse_second_derivative
 
 
 def linear_cross_entropy(
@@ -36,7 +35,7 @@ def linear_cross_entropy(
     Gradients are formed chunk by chunk in the forward pass, for the inputs that require one, and held instead of the
     logits: memory is `[chunk_tokens, vocab]` in the inputs' dtype, two blocks of a few positions in float32, and the
     gradients. Softmax and sums are float32 (float64 for double inputs); a bfloat16 weight's gradient is summed over
-    chunks in float32. Differentiable once. Under autocast the products take its dtype.
+    chunks in float32. Differentiable once (`create_graph=True` is refused). Under autocast the products take its dtype.
 
     Args:
         hidden: Hidden states `[..., hidden]`.
@@ -49,8 +48,8 @@ def linear_cross_entropy(
         softcap: Bound of the logits' magnitude (Gemma 2, arXiv:2408.00118, section 2), or None.
         logit_scale: Factor of the logits before the softcap.
         ignore_index: Label of positions that are no target.
-        chunk_tokens: Positions whose products are held at once. None takes as many as 2**24 elements hold (2**27 on
-            an accelerator).
+        chunk_tokens: Positions whose products are held at once. None takes 2**23 elements, and 256 positions at
+            least (2**27 and 1024 on an accelerator).
 
     Returns:
         The sum over target positions, a float32 scalar (float64 for double inputs); 0 where there is no target.
@@ -87,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy")
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
         return (*(gradient * grad_loss if needed else None for gradient, needed in gradients), None, None, None)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import check_inputs, product_dtype
-from lightllm.losses.position_losses import position_losses
+from lightllm.losses.position_losses import position_losses, refuse_second_derivative
 
 
 def linear_log_probabilities(
@@ -28,8 +27,8 @@ def linear_log_probabilities(
 
     The logits `z` are those of `linear_cross_entropy`. Positions may go into any function of them: the backward pass
     takes a gradient per position, computes the logits again, chunk by chunk, and forms the gradients of the inputs
-    that require one. Neither pass holds `[tokens, vocab]`. Differentiable once. Under autocast the products take its
-    dtype.
+    that require one. Neither pass holds `[tokens, vocab]`. Differentiable once (`create_graph=True` is refused).
+    Under autocast the products take its dtype.
 
     Args:
         hidden: Hidden states `[..., hidden]`.
@@ -67,8 +66,8 @@ class _LinearLogProbabilities(torch.autograd.Function):
         return losses.neg()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_log_probabilities: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_log_probabilities")
         hidden, weight, bias, labels = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         _, *gradients = position_losses(

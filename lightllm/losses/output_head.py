@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of the `[chunk, vocab]` product. Below 128 positions reading the weight again for each chunk costs more
-# than the product itself; above 2**24 elements a CPU gains nothing. An accelerator needs about 1000 positions at a
-# vocabulary of 128k to be bound by arithmetic.
-_CHUNK_ELEMENTS = {"cpu": 2**24}
+# Elements of the `[chunk, vocab]` product, and the positions that a chunk has at least: with fewer, reading the weight
+# again for each chunk takes longer than multiplying by it. More of either gains a CPU nothing and leaves its cache.
+_CHUNK_ELEMENTS = {"cpu": 2**23}
 _CHUNK_ELEMENTS_ACCELERATOR = 2**27
+_CHUNK_TOKENS = {"cpu": 256}
+_CHUNK_TOKENS_ACCELERATOR = 1024
 
 # Elements of a `[block, vocab]` float32 scratch tensor, and of a piece of the weight's gradient: 8 MiB stay in the
 # last-level cache of a CPU; an accelerator only needs enough of them to hide the launches.
@@ -154,15 +155,19 @@ def spans(total: int, largest: int) -> list[slice]:
 
 
 def default_chunk_tokens(weight: Tensor, needs_weight: bool) -> int:
-    """Return how many positions a chunk takes so that its product stays within a bounded buffer.
+    """Return how many positions a chunk takes so that its product is a small buffer and a fast product.
 
     Where the gradient of the weight is formed, the buffer may be as large as that gradient: each further chunk reads
     and writes all of it.
+
+    Args:
+        weight: Output matrix `[vocab, hidden]`.
+        needs_weight: Whether its gradient is formed.
     """
+    vocab, num_hidden = weight.shape
     elements = _CHUNK_ELEMENTS.get(weight.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
-    if needs_weight:
-        elements = max(elements, weight.numel())
-    return max(1, elements // len(weight))
+    least = _CHUNK_TOKENS.get(weight.device.type, _CHUNK_TOKENS_ACCELERATOR)
+    return max(elements // vocab, least, num_hidden if needs_weight else 0)
 
 
 def block_length(width: int, device: torch.device) -> int:

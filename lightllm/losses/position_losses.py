@@ -91,10 +91,28 @@ def _(
     dtype, needs_hidden, needs_weight, needs_bias = options[-4:]
     return (
         hidden.new_empty(labels.shape, dtype=softmax_dtype(dtype)),
-        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
-        weight.new_empty(weight.shape if needs_weight else (0,)),
-        hidden.new_empty(0) if bias is None or not needs_bias else bias.new_empty(bias.shape),
+        hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0, dtype=dtype),
+        weight.new_empty(weight.shape) if needs_weight else hidden.new_empty(0, dtype=dtype),
+        bias.new_empty(bias.shape) if needs_bias and bias is not None else hidden.new_empty(0, dtype=dtype),
     )
+
+
+def refuse_second_derivative(function: str) -> None:
+    """Stop a backward pass that is asked for a graph of its own: gradients from the operator have none.
+
+    Without this a penalty on such a gradient would silently do nothing.
+
+    Args:
+        function: Name of the loss, for the message.
+
+    Raises:
+        RuntimeError: if called in a backward pass with `create_graph=True`.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{function} is differentiable once and was asked for a second derivative (create_graph=True): "
+            "for that, compute the loss from the full logits with torch.nn.functional.cross_entropy"
+        )
 
 
 def _walk_blocks(logits: TargetLogits, chunk: slice, product: Tensor, terms: _Terms, sums: _GradientSums) -> Tensor:
