@@ -2,58 +2,55 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
-from lightllm.batch import Document
+from lightllm.batch import Document, TextBatch
+from lightllm.datamodules.assembly import Assembly
+from lightllm.datamodules.documents import DocumentSet, hold_out, select_documents
+from lightllm.datamodules.fingerprint import encoding_digest
+from lightllm.datamodules.loader import (
+    EvaluationLoader,
+    PlannedLoader,
+    TrainingLoader,
+    load_state_of_rank,
+    states_of_ranks,
+)
+from lightllm.datamodules.plan import Batches
+from lightllm.datamodules.preparation import Reading, first_good_row, prepare_store
 from lightllm.datamodules.rows import Row
-from lightllm.datamodules.train_tokenizer import TrainTokenizer
+from lightllm.datamodules.run_layout import run_layout, splits_to_read
+from lightllm.datamodules.sources import Source, find_sources
+from lightllm.datamodules.statistics import Statistics, measure, require_documents
+from lightllm.datamodules.streaming_loader import StreamingLoader
+from lightllm.datamodules.token_store import TokenStore
+from lightllm.datamodules.tokenization import RowEncoder
+from lightllm.datamodules.tokenizer_choice import network_tokenizer, trained_tokenizer
+from lightllm.datamodules.train_tokenizer import TrainTokenizer, strings_in
+from lightllm.models.load import load_tokenizer
 
-
-@dataclass(frozen=True)
-class Batches:
-    """How documents become batches."""
-
-    mode: Literal["packed", "sorted"] = "packed"
-    """packed: rows of exactly `max_length` positions that hold several documents, which can't see each other;
-    sorted: one document a row, rows of similar length together, padded to the longest."""
-    tokens: int = 8192
-    """Positions in a batch, padding included."""
-    documents: int | None = None
-    """Exactly so many documents in every batch instead of a budget of tokens. An optimizer step then sees a random
-    draw of documents * accumulate_grad_batches, and within the step they are grouped by length (sorted) or packed
-    into one row a batch (packed)."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How sources become documents."""
-
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """Broken, empty or incomplete rows: stop before training and list them, or skip and count them."""
-    limit: int | None = None
-    """Read only the first so many rows of every source."""
-    val_fraction: float = 0.05
-    """Share of the training rows held out for validation when `val` is not given; 0 for none."""
-    streaming: bool = False
-    """Read and tokenise the training source while training, for sources too big to tokenise first."""
-    window: int = 2048
-    """Documents that are shuffled and batched together when streaming."""
-    processes: int | None = None
-    """Processes that tokenise; chosen by the amount of text when None."""
-    cache: str | None = None
-    """Folder of the token cache; $LIGHTLLM_CACHE or ~/.cache/lightllm when None."""
+__all__ = ["Batches", "DocumentData", "Reading", "TrainTokenizer"]
 
 
 @dataclass(eq=False)
-class DocumentData(LightningDataModule):
+class DocumentData(LightningDataModule, ABC):
     """Reads sources, tokenises them once into a cache, and makes the batches of every stage.
 
-    Subclasses are dataclasses (`@dataclass(eq=False)`), so that they inherit the fields, and implement `encode`.
+    Subclasses are dataclasses (`@dataclass(eq=False, kw_only=True)`), so that they inherit the fields, and implement
+    `encode`. What they add as fields counts in the cache's key, as does their code.
+
+    The training loader keeps count of epochs and batches itself, and saves its place with this datamodule's state
+    (see `TrainingLoader`): a resumed run goes on with the very batch that it would have seen.
     """
 
     train: str | list[str] = field(default_factory=list)
@@ -73,17 +70,21 @@ class DocumentData(LightningDataModule):
     reading: Reading = field(default_factory=Reading)
     """How sources become documents."""
     seed: int = 0
-    """Of the order of the documents and of the held-out split."""
+    """Of the order of the documents."""
     num_workers: int = 0
     """Processes that assemble batches beside the training process."""
 
-    overflow: ClassVar[Literal["split", "truncate"]] = "truncate"
-    """Documents longer than `max_length`: split into consecutive pieces (nothing is lost) or cut at the end."""
     documents_per_row: ClassVar[int] = 1
     """Documents that `encode` makes of one row and that stay in one batch (2 for preference pairs)."""
 
     def __post_init__(self) -> None:
         LightningDataModule.__init__(self)
+        self.statistics: dict[str, Statistics] = {}
+        """Numbers of each split that is not streamed, from `setup` on."""
+        self._is_adapted = False
+        self._stores: dict[str, TokenStore] = {}
+        self._documents: dict[str, DocumentSet] = {}
+        self._loaders: dict[str, TrainingLoader | EvaluationLoader] = {}
 
     @abstractmethod
     def encode(self, row: Row) -> list[Document]:
@@ -96,8 +97,20 @@ class DocumentData(LightningDataModule):
             BadRow: The row can't be used; the message says why.
         """
 
+    @property
+    def overflow(self) -> Literal["split", "truncate"]:
+        """Hook: documents longer than `max_length` are split into consecutive pieces, or cut at the end.
+
+        Documents that are split must have all their tokens as targets, or a batch could have none.
+        """
+        return "truncate"
+
     def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Hook: change the loaded tokenizer before its fingerprint is taken and any row encoded (a chat template)."""
+
+    def texts(self, row: Row) -> Iterator[str]:
+        """Hook: the texts of a row that a tokenizer is trained on; all its strings, if nothing else is said."""
+        return strings_in(row.values)
 
     def report_rows(self, split: str, first: Row, num_rows: int | None) -> None:
         """Hook: called on rank zero for each split ("train", "val", "test") with its first row, to say how it is read.
@@ -118,3 +131,194 @@ class DocumentData(LightningDataModule):
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise RuntimeError("the tokenizer is loaded by prepare_data() and setup(): call them first")
         return self.tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        """Tokenise what the coming stage needs, unless the cache has it."""
+        self._load_tokenizer()
+        for split in self._splits():
+            if not self._is_streamed(split):
+                self._store(self._origin_of(split))
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer, map the coming stage's documents, plan their batches, and say what there is.
+
+        Raises:
+            ValueError: A source leads nowhere, is empty or has bad rows; a batch has no room for a row.
+        """
+        self._load_tokenizer()
+        padding = self.loaded_tokenizer.pad_token_id
+        assembly = Assembly(
+            layout=run_layout(self.trainer),
+            batches=self.batches,
+            max_length=self.max_length,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            split=self.overflow == "split",
+            documents_per_row=self.documents_per_row,
+            padding_token=padding if isinstance(padding, int) else 0,
+        )
+        for split in self._splits():
+            self._report(split)
+            self._make_loader(split, assembly)
+
+    @property
+    def num_train_batches(self) -> int | None:
+        """Training batches of this rank in an epoch; None when streaming, or before `setup`."""
+        loader = self._loaders.get("train")
+        return len(loader) if isinstance(loader, PlannedLoader) else None
+
+    @property
+    def train_documents(self) -> DocumentSet | None:
+        """The training documents, from `setup` on; None when streaming."""
+        return self._documents.get("train")
+
+    @property
+    def val_documents(self) -> DocumentSet | None:
+        """The validation documents, from `setup` on; None if there are none."""
+        return self._documents.get("val")
+
+    @property
+    def test_documents(self) -> DocumentSet | None:
+        """The test documents, from `setup` on; None if there are none."""
+        return self._documents.get("test")
+
+    def describe_document(self, split: str, document_id: int) -> str:
+        """Where a document of a batch comes from, as `file:line`.
+
+        Args:
+            split: "train", "val" or "test".
+            document_id: One of the batch's `document_ids`.
+        """
+        loader = self._loaders[split]
+        if isinstance(loader, StreamingLoader):
+            return str(loader.stream.origin(document_id))
+        return str(self._documents[split].origin(document_id))
+
+    @override
+    def train_dataloader(self) -> TrainingLoader:
+        loader = self._loaders["train"]
+        assert isinstance(loader, TrainingLoader)
+        return loader
+
+    @override
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        return self._evaluation_loader("val")
+
+    @override
+    def test_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        return self._evaluation_loader("test")
+
+    @override
+    def predict_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """The test documents, or those of validation if there is no test source."""
+        return self._evaluation_loader("val" if self.test is None else "test")
+
+    @override
+    def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
+        loader = self._loaders.get("train")
+        if isinstance(loader, StreamingLoader) and self.trainer is not None and self.trainer.training:
+            loader.confirm()
+        return batch
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data; of every rank, where they differ."""
+        loader = self._loaders.get("train")
+        if not isinstance(loader, TrainingLoader):
+            return {}
+        return {"train": states_of_ranks(loader)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was saved, if it is to train; see `TrainingLoader`.
+
+        Raises:
+            ValueError: The batches would be others than those of the checkpoint.
+        """
+        loader = self._loaders.get("train")
+        training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if training and isinstance(loader, TrainingLoader) and state_dict:
+            load_state_of_rank(loader, state_dict["train"])
+
+    def _evaluation_loader(self, split: str) -> EvaluationLoader | list[EvaluationLoader]:
+        loader = self._loaders.get(split)
+        return loader if isinstance(loader, EvaluationLoader) else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None, "_loaders": {}}  # a worker encodes, and needs neither
+
+    def _splits(self) -> list[str]:
+        has_val = self.val is not None or (self.reading.val_fraction > 0 and not self.reading.streaming)
+        return splits_to_read(self.trainer, has_val, self.test is not None)
+
+    def _origin_of(self, split: str) -> str:
+        """The split whose source a split is read from."""
+        return "train" if split == "val" and self.val is None else split
+
+    def _is_streamed(self, split: str) -> bool:
+        return split == "train" and self.reading.streaming
+
+    def _sources(self, split: str) -> list[Source]:
+        names = {"train": self.train, "val": self.val, "test": self.test}[self._origin_of(split)]
+        return find_sources(names or [], split, self._is_streamed(split))
+
+    def _load_tokenizer(self) -> None:
+        self.reading.check()
+        if isinstance(self.tokenizer, TrainTokenizer):
+            root = self.reading.cache_root
+            self.tokenizer = trained_tokenizer(self.tokenizer, self._sources("train"), root, self.texts)
+        elif not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = load_tokenizer(self.tokenizer or network_tokenizer(self.trainer))
+        elif self._is_adapted:
+            return
+        self.adapt_tokenizer(self.tokenizer)
+        self._is_adapted = True
+
+    def _row_encoder(self) -> RowEncoder:
+        return RowEncoder(self.encode, self.documents_per_row, len(self.loaded_tokenizer))
+
+    def _store(self, split: str) -> TokenStore:
+        if split not in self._stores:
+            settings = encoding_digest(self, DocumentData, self.loaded_tokenizer)
+            sources, encoder = self._sources(split), self._row_encoder()
+            self._stores[split] = prepare_store(split, sources, encoder, settings, self.reading)
+        return self._stores[split]
+
+    def _select(self, split: str) -> DocumentSet | None:
+        """A split's documents; None if too few rows are there to hold any out."""
+        store = self._store(self._origin_of(split))
+        rows = np.arange(len(store) // self.documents_per_row)
+        if self.val is None and split in ("train", "val"):
+            rows = hold_out(len(rows), self.reading.val_fraction)[split == "val"]
+            if split == "val" and not len(rows):
+                return None
+        documents = select_documents(store, rows, self.documents_per_row, self.max_length, self.overflow)
+        require_documents(split, documents, self.max_length)
+        return documents
+
+    def _make_loader(self, split: str, assembly: Assembly) -> None:
+        if self._is_streamed(split):
+            self._loaders[split] = assembly.streaming_loader(self._sources(split), self._row_encoder(), self.reading)
+            return
+        documents = self._select(split)
+        if documents is None:
+            return
+        self._documents[split] = documents
+        batches = assembly.plan(documents, evaluation=split != "train")
+        self.statistics[split] = measure(documents, batches.plan(0))
+        rank_zero_info(f"{split}: {self.statistics[split].describe(self.max_length)}")
+        if split == "train":
+            content = f"{len(documents)} of {documents.store.name}"
+            self._loaders[split] = assembly.training_loader(batches, content)
+        else:
+            self._loaders[split] = EvaluationLoader(batches)
+
+    @rank_zero_only
+    def _report(self, split: str) -> None:
+        """Have the hook say how a split's rows are read."""
+        first = first_good_row(self._sources(split), self.encode)
+        if first is not None and self._origin_of(split) == split:
+            store = None if self._is_streamed(split) else self._store(split).encoded
+            self.report_rows(split, first, None if store is None else store.num_rows - store.num_bad_rows)

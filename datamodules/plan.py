@@ -27,13 +27,27 @@ WINDOW = 4096
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a plan depends on beside the documents; `Batches` and `DocumentData` explain the fields they share."""
+class Batches:
+    """How documents become batches."""
 
-    mode: Literal["packed", "sorted"]
-    tokens: int
-    documents: int | None
+    mode: Literal["packed", "sorted"] = "packed"
+    """packed: rows of exactly `max_length` positions that hold several documents, which can't see each other;
+    sorted: one document a row, rows of similar length together, padded to the longest."""
+    tokens: int = 8192
+    """Positions in a batch at most, padding included."""
+    documents: int | None = None
+    """So many documents in every batch, instead of a budget of tokens (a preference pair counts as one). Every
+    optimizer step sees a random draw of documents * accumulate_grad_batches; within it, documents of similar length
+    share a batch (sorted), or the batches, each one row, come out equally long (packed)."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a plan depends on beside the documents."""
+
+    batches: Batches
     max_length: int
+    """Positions in a row at most; a row of several documents that belong together may have as many for each."""
     seed: int
     split: bool = False
     """Longer documents are cut into consecutive pieces; otherwise they come truncated."""
@@ -49,20 +63,19 @@ class Rules:
         Raises:
             ValueError: A number is not positive, or one example may be larger than a batch.
         """
-        for name, value in (("batches.tokens", self.tokens), ("max_length", self.max_length)):
-            if value < 1:
+        tokens, documents = self.batches.tokens, self.batches.documents
+        for name, value in (("tokens", tokens), ("documents", documents), ("max_length", self.max_length)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be positive")
-        if self.documents is not None:
-            if self.documents < 1:
-                raise ValueError(f"batches.documents is {self.documents}: it must be positive")
+        if documents is not None:
             return
         largest = self.max_length * documents_per_example
-        if self.tokens < largest:
+        if tokens < largest:
             example = (
                 "a row" if documents_per_example == 1 else f"{documents_per_example} documents that belong together"
             )
             raise ValueError(
-                f"batches.tokens is {self.tokens}, but {example} may take {largest} positions (max_length is "
+                f"batches.tokens is {tokens}, but {example} may take {largest} positions (max_length is "
                 f"{self.max_length}): set batches.tokens to at least {largest}, or lower max_length"
             )
 
@@ -123,21 +136,25 @@ def plan_epoch(documents: Integers, lengths: Integers, rules: Rules, epoch: int)
         ValueError: There are fewer examples or packed rows than ranks.
     """
     rng = np.random.default_rng([rules.seed, epoch])
+    # What goes together stays together where the number of batches depends on it: all epochs must have as many.
+    always = np.random.default_rng(rules.seed)
     starts = np.zeros_like(documents)
-    if rules.split and rules.mode == "packed" and rules.documents is None:
+    if rules.split and rules.batches.mode == "packed" and rules.batches.documents is None:
         return _fill_rows(documents[:, 0], lengths[:, 0], rules, rng)
     if rules.split:
         documents, starts, lengths = _split_documents(documents[:, 0], lengths[:, 0], rules.max_length)
     width = None
-    if rules.documents is not None:
-        order, batches = _draw_documents(lengths.max(1) if rules.mode == "sorted" else lengths.sum(1), rules, rng)
-        rows, batches = (batches, np.ones_like(batches)) if rules.mode == "packed" else (None, batches)
-    elif rules.mode == "packed":
+    if rules.batches.documents is not None:
+        order, batches = _draw_documents(
+            lengths.max(1) if rules.batches.mode == "sorted" else lengths.sum(1), rules, rng
+        )
+        rows, batches = (batches, np.ones_like(batches)) if rules.batches.mode == "packed" else (None, batches)
+    elif rules.batches.mode == "packed":
         width = rules.max_length * lengths.shape[1]
-        order, rows = _pack_rows(lengths.sum(1), width, rng)
-        batches = sizes_in_rounds(len(rows), rules.tokens // width, rules.num_ranks, not rules.evaluation)
+        order, rows = _shuffle_groups(*_pack_rows(lengths.sum(1), width, always), rng)
+        batches = sizes_in_rounds(len(rows), rules.batches.tokens // width, rules.num_ranks, not rules.evaluation)
     else:
-        order, batches = _group_by_length(lengths.max(1) * lengths.shape[1], rules, rng)
+        order, batches = _group_by_length(lengths.max(1) * lengths.shape[1], rules, always, rng)
         rows = None
     if rows is None:  # every document has its own
         rows, batches = np.ones(lengths.size, dtype=np.int64), batches * lengths.shape[1]
@@ -159,7 +176,9 @@ def _fill_rows(documents: Integers, lengths: Integers, rules: Rules, rng: np.ran
     place = np.searchsorted(ends, begins, side="right")
     starts = begins - (ends - lengths[order])[place]
     (first_in_row,) = np.nonzero(begins % rules.max_length == 0)
-    sizes = sizes_in_rounds(len(first_in_row), rules.tokens // rules.max_length, rules.num_ranks, not rules.evaluation)
+    sizes = sizes_in_rounds(
+        len(first_in_row), rules.batches.tokens // rules.max_length, rules.num_ranks, not rules.evaluation
+    )
     batches = _offsets(sizes)
     rows = np.append(first_in_row, len(begins))[: batches[-1] + 1]
     pieces = slice(rows[-1])
@@ -176,7 +195,7 @@ def _split_documents(documents: Integers, lengths: Integers, max_length: int) ->
 
 
 def _pack_rows(sizes: Integers, width: int, rng: np.random.Generator) -> tuple[Integers, Integers]:
-    """Best fit within windows of shuffled examples, then the rows shuffled: the order, and examples in each row."""
+    """Best fit within windows of shuffled examples: the order, and the number of examples in each row."""
     order = rng.permutation(len(sizes))
     packed = []
     for begin in range(0, len(order), WINDOW):
@@ -184,33 +203,37 @@ def _pack_rows(sizes: Integers, width: int, rng: np.random.Generator) -> tuple[I
         in_window, rows = best_fit(sizes[window], width)
         packed.append((window[in_window], rows))
     flat, rows = (np.concatenate(parts) for parts in zip(*packed, strict=True))
-    return _shuffle_groups(flat, rows, rng)
+    return flat, rows
 
 
-def _group_by_length(costs: Integers, rules: Rules, rng: np.random.Generator) -> tuple[Integers, Integers]:
+def _group_by_length(
+    costs: Integers, rules: Rules, always: np.random.Generator, rng: np.random.Generator
+) -> tuple[Integers, Integers]:
     """Batches of similar examples within windows of shuffled ones, then the batches shuffled."""
-    order = rng.permutation(len(costs))
+    order = always.permutation(len(costs))
     order = order[np.lexsort((-costs[order], np.arange(len(order)) // WINDOW))]
     windows = [costs[order[begin : begin + WINDOW]] for begin in range(0, len(order), WINDOW)]
-    sizes = np.concatenate([cut_by_budget(window, rules.tokens) for window in windows])
+    sizes = np.concatenate([cut_by_budget(window, rules.batches.tokens) for window in windows])
     sizes = split_until_even(sizes, rules.num_ranks, not rules.evaluation)
     # Neighbours stay together, so that at each step the ranks have rows of similar length.
-    rounds = np.add.reduceat(sizes, np.arange(0, len(sizes), rules.num_ranks))
-    rank_order, _ = _shuffle_groups(np.arange(len(sizes)), np.full(len(rounds), rules.num_ranks), rng)
-    starts = _offsets(sizes)
-    return np.concatenate([order[starts[i] : starts[i + 1]] for i in rank_order]), sizes[rank_order]
+    rounds = np.full(len(sizes) // rules.num_ranks, rules.num_ranks)
+    shuffled, _ = _shuffle_groups(np.arange(len(sizes)), rounds, rng)
+    position = np.empty_like(shuffled)
+    position[shuffled] = np.arange(len(shuffled))
+    order = order[: sizes.sum()][np.argsort(np.repeat(position, sizes), kind="stable")]
+    return order, sizes[shuffled]
 
 
 def _draw_documents(costs: Integers, rules: Rules, rng: np.random.Generator) -> tuple[Integers, Integers]:
     """Draw the examples of each optimizer step at random, and distribute them over its batches by length."""
     require_one_each(len(costs), rules.num_ranks)
-    assert rules.documents is not None
+    assert rules.batches.documents is not None
     order = rng.permutation(len(costs))
-    per_step = len(order) if rules.evaluation else rules.documents * rules.accumulate * rules.num_ranks
+    per_step = len(order) if rules.evaluation else rules.batches.documents * rules.accumulate * rules.num_ranks
     flat, sizes = [], []
     for begin in range(0, len(order), per_step):
         drawn = order[begin : begin + per_step]
-        rounds = -(-len(drawn) // (rules.documents * rules.num_ranks))
+        rounds = -(-len(drawn) // (rules.batches.documents * rules.num_ranks))
         if rounds * rules.num_ranks > len(drawn):  # the last few do not go round
             rounds = len(drawn) // rules.num_ranks
             drawn = drawn if rules.evaluation else drawn[: rounds * rules.num_ranks]
@@ -218,7 +241,7 @@ def _draw_documents(costs: Integers, rules: Rules, rng: np.random.Generator) -> 
             continue
         drawn = drawn[np.argsort(-costs[drawn], kind="stable")]
         num_batches = rounds * rules.num_ranks
-        if rules.mode == "packed":
+        if rules.batches.mode == "packed":
             dealt, counts = deal(len(drawn), num_batches)
             drawn = drawn[dealt]
         else:

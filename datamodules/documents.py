@@ -1,0 +1,97 @@
+"""The documents of a split: those of a token store that can be learned from within the length of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lightllm.batch import Document
+from lightllm.datamodules.arrangement import Integers
+from lightllm.datamodules.rows import Origin
+from lightllm.datamodules.token_store import NO_TARGET, TokenStore
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentSet:
+    """Documents of a store, as they are batched.
+
+    `documents[i]` is the document with the id i that batches carry; ids are those of the store, so that not all of
+    them need be here.
+    """
+
+    store: TokenStore
+    examples: Integers
+    """Ids, `[num_examples, documents_per_row]`: documents of one row of the source, which stay in one batch."""
+    lengths: Integers
+    """Positions that each fills, of the same shape."""
+    num_truncated: int
+    """Documents of which the end was cut off."""
+    num_dropped: int
+    """Documents that are left out, because no target is left in them or in one that belongs to them."""
+
+    def __len__(self) -> int:
+        return self.examples.size
+
+    def __getitem__(self, document_id: int) -> Document:
+        return self.store.piece(document_id)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that all of them fill together: tokens, less one a document."""
+        return int(self.lengths.sum())
+
+    def origin(self, document_id: int) -> Origin:
+        """Where a document comes from."""
+        return self.store.origin(document_id)
+
+
+def select_documents(
+    store: TokenStore,
+    rows: Integers,
+    documents_per_row: int,
+    max_length: int,
+    overflow: Literal["split", "truncate"],
+) -> DocumentSet:
+    """Select the documents that fit, or are made to fit, in rows.
+
+    Args:
+        store: All documents.
+        rows: Indices of the (good) rows to take.
+        documents_per_row: Documents of each row.
+        max_length: Positions in a row.
+        overflow: See `DocumentData.overflow`.
+    """
+    examples = rows[:, None] * documents_per_row + np.arange(documents_per_row)
+    positions = np.maximum(store.encoded.lengths[examples] - 1, 0)
+    first_targets = store.encoded.targets_from[examples]
+    if overflow == "split":
+        usable, lengths = first_targets != NO_TARGET, positions
+    else:
+        usable, lengths = first_targets <= max_length, np.minimum(positions, max_length)
+    kept = usable.all(axis=1)
+    return DocumentSet(
+        store=store,
+        examples=examples[kept],
+        lengths=lengths[kept],
+        num_truncated=int((lengths < positions)[kept].sum()),
+        num_dropped=int((~kept).sum()) * documents_per_row,
+    )
+
+
+def hold_out(num_rows: int, fraction: float) -> tuple[Integers, Integers]:
+    """Indices of rows to train on, and of those held out; the same ones whatever the run's seed.
+
+    Args:
+        num_rows: How many there are.
+        fraction: Share to hold out, at least one row and never all.
+
+    Raises:
+        ValueError: `fraction` is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"reading.val_fraction is {fraction}: it must be at least 0 and less than 1")
+    num_held_out = min(max(1, round(fraction * num_rows)), num_rows - 1) if fraction and num_rows else 0
+    order = np.random.default_rng(0).permutation(num_rows)
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
