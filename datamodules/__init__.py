@@ -1,8 +1,10 @@
 """What is fed: text in, batches out."""
 
-from lightllm.datamodules.base import Batches, DocumentData, Reading
+from lightllm.datamodules.base import DocumentData
 from lightllm.datamodules.chat import ChatData
+from lightllm.datamodules.plan import Batches
 from lightllm.datamodules.preference import PreferenceData
+from lightllm.datamodules.preparation import Reading
 from lightllm.datamodules.pydoc import PydocData
 from lightllm.datamodules.rows import BadRow, Origin, Row
 from lightllm.datamodules.text import TextData

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lightllm.datamodules.documents import DocumentSet
 from lightllm.datamodules.loader import PlannedBatches, PlannedLoader
 from lightllm.datamodules.plan import Batches, Rules
@@ -14,7 +16,7 @@ from lightllm.datamodules.run_layout import RunLayout, batches_taken
 from lightllm.datamodules.sources import Source
 from lightllm.datamodules.streaming import Stream
 from lightllm.datamodules.streaming_loader import StreamingLoader
-from lightllm.datamodules.tokenization import RowEncoder
+from lightllm.datamodules.tokenization import Encoder, RowEncoder
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Assembly:
     split: bool
     """See `Rules`."""
     documents_per_row: int
-    padding_token: int
+    tokenizer: PreTrainedTokenizerBase
 
     def rules(self, evaluation: bool) -> Rules:
         """The rules of training or evaluation batches.
@@ -53,7 +55,12 @@ class Assembly:
     def plan(self, documents: DocumentSet, evaluation: bool) -> PlannedBatches:
         """Batches of documents, for this rank."""
         rules = self.rules(evaluation)
-        return PlannedBatches(documents, rules, self.layout.rank, self.num_workers, self.padding_token)
+        return PlannedBatches(documents, rules, self.layout.rank, self.num_workers, self._padding_token)
+
+    @property
+    def _padding_token(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return token if isinstance(token, int) else 0  # any valid id does: nothing is learned from it
 
     def training_loader(self, batches: PlannedBatches, content: str) -> PlannedLoader:
         """The loader of training batches; `content` says whose place a checkpoint saves."""
@@ -61,7 +68,7 @@ class Assembly:
         epoch_length = batches_taken(self.layout.epoch_length, batches.num_batches())
         return PlannedLoader(batches, settings, epoch_length, self.layout.reshuffle)
 
-    def streaming_loader(self, sources: list[Source], encoder: RowEncoder, reading: Reading) -> StreamingLoader:
+    def streaming_loader(self, sources: list[Source], encode: Encoder, reading: Reading) -> StreamingLoader:
         """The loader of training batches of a stream.
 
         Raises:
@@ -77,12 +84,12 @@ class Assembly:
         rules = self.rules(evaluation=False)
         stream = Stream(
             sources=sources,
-            encoder=encoder,
+            encoder=RowEncoder(encode, self.documents_per_row, len(self.tokenizer)),
             rules=Rules(**{**vars(rules), "num_ranks": 1}),
             window=-(-reading.window // step) * step if self.batches.documents else reading.window,
             limit=reading.limit,
             bad_rows=reading.bad_rows,
-            padding_token=self.padding_token,
+            padding_token=self._padding_token,
             rank=layout.rank,
             num_ranks=layout.num_ranks,
         )

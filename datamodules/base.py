@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightllm.batch import Document, TextBatch
 from lightllm.datamodules.assembly import Assembly
-from lightllm.datamodules.documents import DocumentSet, hold_out, select_documents
+from lightllm.datamodules.documents import DocumentSet, choose_rows, select_documents
 from lightllm.datamodules.fingerprint import encoding_digest
 from lightllm.datamodules.loader import (
     EvaluationLoader,
@@ -35,11 +33,8 @@ from lightllm.datamodules.statistics import Statistics, measure, require_documen
 from lightllm.datamodules.streaming_loader import StreamingLoader
 from lightllm.datamodules.token_store import TokenStore
 from lightllm.datamodules.tokenization import RowEncoder
-from lightllm.datamodules.tokenizer_choice import network_tokenizer, trained_tokenizer
+from lightllm.datamodules.tokenizer_choice import load_chosen, trained_tokenizer
 from lightllm.datamodules.train_tokenizer import TrainTokenizer, strings_in
-from lightllm.models.load import load_tokenizer
-
-__all__ = ["Batches", "DocumentData", "Reading", "TrainTokenizer"]
 
 
 @dataclass(eq=False)
@@ -81,9 +76,9 @@ class DocumentData(LightningDataModule, ABC):
         LightningDataModule.__init__(self)
         self.statistics: dict[str, Statistics] = {}
         """Numbers of each split that is not streamed, from `setup` on."""
-        self._is_adapted = False
         self._stores: dict[str, TokenStore] = {}
-        self._documents: dict[str, DocumentSet] = {}
+        self.documents: dict[str, DocumentSet] = {}
+        """The documents of each split that is not streamed, from `setup` on."""
         self._loaders: dict[str, TrainingLoader | EvaluationLoader] = {}
 
     @abstractmethod
@@ -106,7 +101,7 @@ class DocumentData(LightningDataModule, ABC):
         return "truncate"
 
     def adapt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hook: change the loaded tokenizer before its fingerprint is taken and any row encoded (a chat template)."""
+        """Hook: change the loaded tokenizer before any row is encoded (a chat template); may be called again."""
 
     def texts(self, row: Row) -> Iterator[str]:
         """Hook: the texts of a row that a tokenizer is trained on; all its strings, if nothing else is said."""
@@ -148,7 +143,6 @@ class DocumentData(LightningDataModule, ABC):
             ValueError: A source leads nowhere, is empty or has bad rows; a batch has no room for a row.
         """
         self._load_tokenizer()
-        padding = self.loaded_tokenizer.pad_token_id
         assembly = Assembly(
             layout=run_layout(self.trainer),
             batches=self.batches,
@@ -157,7 +151,7 @@ class DocumentData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             split=self.overflow == "split",
             documents_per_row=self.documents_per_row,
-            padding_token=padding if isinstance(padding, int) else 0,
+            tokenizer=self.loaded_tokenizer,
         )
         for split in self._splits():
             self._report(split)
@@ -170,31 +164,23 @@ class DocumentData(LightningDataModule, ABC):
         return len(loader) if isinstance(loader, PlannedLoader) else None
 
     @property
-    def train_documents(self) -> DocumentSet | None:
-        """The training documents, from `setup` on; None when streaming."""
-        return self._documents.get("train")
+    def train_documents(self) -> DocumentSet:
+        """The training documents, from `setup` on (a stream has none)."""
+        return self.documents["train"]
 
     @property
-    def val_documents(self) -> DocumentSet | None:
-        """The validation documents, from `setup` on; None if there are none."""
-        return self._documents.get("val")
-
-    @property
-    def test_documents(self) -> DocumentSet | None:
-        """The test documents, from `setup` on; None if there are none."""
-        return self._documents.get("test")
+    def val_documents(self) -> DocumentSet:
+        """The validation documents, from `setup` on."""
+        return self.documents["val"]
 
     def describe_document(self, split: str, document_id: int) -> str:
         """Where a document of a batch comes from, as `file:line`.
 
         Args:
-            split: "train", "val" or "test".
+            split: "train", "val", "test" or "predict".
             document_id: One of the batch's `document_ids`.
         """
-        loader = self._loaders[split]
-        if isinstance(loader, StreamingLoader):
-            return str(loader.stream.origin(document_id))
-        return str(self._documents[split].origin(document_id))
+        return str(self._loaders[self._predicted() if split == "predict" else split].origin(document_id))
 
     @override
     def train_dataloader(self) -> TrainingLoader:
@@ -213,7 +199,7 @@ class DocumentData(LightningDataModule, ABC):
     @override
     def predict_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """The test documents, or those of validation if there is no test source."""
-        return self._evaluation_loader("val" if self.test is None else "test")
+        return self._evaluation_loader(self._predicted())
 
     @override
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
@@ -226,9 +212,7 @@ class DocumentData(LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data; of every rank, where they differ."""
         loader = self._loaders.get("train")
-        if not isinstance(loader, TrainingLoader):
-            return {}
-        return {"train": states_of_ranks(loader)}
+        return {"train": states_of_ranks(loader)} if isinstance(loader, TrainingLoader) else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,6 +229,9 @@ class DocumentData(LightningDataModule, ABC):
     def _evaluation_loader(self, split: str) -> EvaluationLoader | list[EvaluationLoader]:
         loader = self._loaders.get(split)
         return loader if isinstance(loader, EvaluationLoader) else []
+
+    def _predicted(self) -> str:
+        return "val" if self.test is None else "test"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainer": None, "_loaders": {}}  # a worker encodes, and needs neither
@@ -270,42 +257,30 @@ class DocumentData(LightningDataModule, ABC):
             root = self.reading.cache_root
             self.tokenizer = trained_tokenizer(self.tokenizer, self._sources("train"), root, self.texts)
         elif not isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            self.tokenizer = load_tokenizer(self.tokenizer or network_tokenizer(self.trainer))
-        elif self._is_adapted:
-            return
+            self.tokenizer = load_chosen(self.tokenizer, self.trainer)
         self.adapt_tokenizer(self.tokenizer)
-        self._is_adapted = True
-
-    def _row_encoder(self) -> RowEncoder:
-        return RowEncoder(self.encode, self.documents_per_row, len(self.loaded_tokenizer))
 
     def _store(self, split: str) -> TokenStore:
         if split not in self._stores:
             settings = encoding_digest(self, DocumentData, self.loaded_tokenizer)
-            sources, encoder = self._sources(split), self._row_encoder()
-            self._stores[split] = prepare_store(split, sources, encoder, settings, self.reading)
+            encoder = RowEncoder(self.encode, self.documents_per_row, len(self.loaded_tokenizer))
+            self._stores[split] = prepare_store(split, self._sources(split), encoder, settings, self.reading)
         return self._stores[split]
-
-    def _select(self, split: str) -> DocumentSet | None:
-        """A split's documents; None if too few rows are there to hold any out."""
-        store = self._store(self._origin_of(split))
-        rows = np.arange(len(store) // self.documents_per_row)
-        if self.val is None and split in ("train", "val"):
-            rows = hold_out(len(rows), self.reading.val_fraction)[split == "val"]
-            if split == "val" and not len(rows):
-                return None
-        documents = select_documents(store, rows, self.documents_per_row, self.max_length, self.overflow)
-        require_documents(split, documents, self.max_length)
-        return documents
 
     def _make_loader(self, split: str, assembly: Assembly) -> None:
         if self._is_streamed(split):
-            self._loaders[split] = assembly.streaming_loader(self._sources(split), self._row_encoder(), self.reading)
+            loader = assembly.streaming_loader(self._sources(split), self.encode, self.reading)
+            loader.confirms_itself = self.trainer is None
+            self._loaders[split] = loader
             return
-        documents = self._select(split)
-        if documents is None:
-            return
-        self._documents[split] = documents
+        store = self._store(self._origin_of(split))
+        held_out = 0.0 if self.val is not None or split == "test" else self.reading.val_fraction
+        rows = choose_rows(split, len(store) // self.documents_per_row, held_out)
+        documents = select_documents(store, rows, self.documents_per_row, self.max_length, self.overflow)
+        if split == "val" and held_out and not len(rows):
+            return  # there are too few rows to hold any out
+        require_documents(split, documents, self.max_length)
+        self.documents[split] = documents
         batches = assembly.plan(documents, evaluation=split != "train")
         self.statistics[split] = measure(documents, batches.plan(0))
         rank_zero_info(f"{split}: {self.statistics[split].describe(self.max_length)}")

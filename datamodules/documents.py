@@ -80,18 +80,18 @@ def select_documents(
     )
 
 
-def hold_out(num_rows: int, fraction: float) -> tuple[Integers, Integers]:
-    """Indices of rows to train on, and of those held out; the same ones whatever the run's seed.
+def choose_rows(split: str, num_rows: int, held_out: float) -> Integers:
+    """Indices of a split's rows: all, or, if some are held out for validation, its part of them.
+
+    Which rows are held out depends on nothing but how many there are, so that runs with different seeds compare.
 
     Args:
-        num_rows: How many there are.
-        fraction: Share to hold out, at least one row and never all.
-
-    Raises:
-        ValueError: `fraction` is not in [0, 1).
+        split: "train", "val" or "test".
+        num_rows: How many rows there are.
+        held_out: Share of the rows that is held out, at least one row but never all; 0 if none is.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"reading.val_fraction is {fraction}: it must be at least 0 and less than 1")
-    num_held_out = min(max(1, round(fraction * num_rows)), num_rows - 1) if fraction and num_rows else 0
+    if not held_out:
+        return np.arange(num_rows)
+    num_held_out = max(0, min(max(1, round(held_out * num_rows)), num_rows - 1))
     order = np.random.default_rng(0).permutation(num_rows)
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return np.sort(order[:num_held_out] if split == "val" else order[num_held_out:])

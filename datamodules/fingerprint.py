@@ -43,7 +43,7 @@ def encoding_digest(owner: object, base: type, tokenizer: PreTrainedTokenizerBas
         base: A dataclass, whose own attributes don't matter.
         tokenizer: The tokenizer.
     """
-    known = {field.name for field in fields(base)} | set(vars(LightningDataModule()))  # type: ignore[arg-type]
+    known = {field.name for field in fields(base)} | set(vars(LightningDataModule()))
     settings = {name: value for name, value in vars(owner).items() if name not in known and not name.startswith("_")}
     cls = type(owner)
     code = [_code_digest(ancestor) for ancestor in cls.__mro__[: cls.__mro__.index(base)]]

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightllm.batch import TextBatch, pack_documents
 from lightllm.datamodules.documents import DocumentSet
 from lightllm.datamodules.plan import BatchPlan, Plan, Rules, plan_epoch
+from lightllm.datamodules.rows import Origin
 from lightllm.datamodules.token_store import TokenStore
 
 
@@ -29,7 +30,7 @@ def make_batch(store: TokenStore, plan: BatchPlan, padding_token: int) -> TextBa
     return pack_documents(rows, plan.width, padding_token)
 
 
-def unchanged(batch: TextBatch) -> TextBatch:
+def unchanged(batch: Any) -> Any:
     """What a `DataLoader` is to do with batches that are made already."""
     return batch
 
@@ -54,6 +55,10 @@ class PlannedBatches:
         self._documents = documents
         self._dataset = _BatchDataset(documents.store, padding_token)
         self._planned: tuple[int, Plan] | None = None
+
+    def origin(self, document_id: int) -> Origin:
+        """Where a document comes from."""
+        return self._documents.origin(document_id)
 
     def plan(self, epoch: int) -> Plan:
         """The plan of an epoch; all epochs have as many batches."""
@@ -93,6 +98,10 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[TextBatch]:
         return self._batches.read(0)
 
+    def origin(self, document_id: int) -> Origin:
+        """Where a document comes from."""
+        return self._batches.origin(document_id)
+
 
 class TrainingLoader(ABC):
     """Batches of epoch after epoch, from a place that can be saved and gone back to.
@@ -125,6 +134,10 @@ class TrainingLoader(ABC):
         """Batches of this epoch that were used."""
         self._resuming = True
         """Nothing was used since the place was set."""
+
+    @abstractmethod
+    def origin(self, document_id: int) -> Origin:
+        """Where a document comes from."""
 
     @abstractmethod
     def _read(self, epoch: int) -> Iterator[TextBatch]:
@@ -224,6 +237,10 @@ class PlannedLoader(TrainingLoader):
 
     def __len__(self) -> int:
         return self._batches.num_batches()
+
+    @override
+    def origin(self, document_id: int) -> Origin:
+        return self._batches.origin(document_id)
 
     @override
     def _read(self, epoch: int) -> Iterator[TextBatch]:

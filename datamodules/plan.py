@@ -162,8 +162,8 @@ def plan_epoch(documents: Integers, lengths: Integers, rules: Rules, epoch: int)
         rows = rows * lengths.shape[1]
     rows = rows[: batches.sum()]
     order = order[: rows.sum() // lengths.shape[1]]
-    pieces = (array[order].ravel() for array in (documents, starts, lengths))
-    return Plan(*pieces, rows=_offsets(rows), batches=_offsets(batches), width=width)
+    documents, starts, lengths = (array[order].ravel() for array in (documents, starts, lengths))
+    return Plan(documents, starts, lengths, _offsets(rows), _offsets(batches), width)
 
 
 def _fill_rows(documents: Integers, lengths: Integers, rules: Rules, rng: np.random.Generator) -> Plan:

@@ -35,7 +35,7 @@ def run_layout(trainer: Trainer | None) -> RunLayout:
         num_ranks=ranks["num_replicas"],
         accumulate=trainer.accumulate_grad_batches,
         epoch_length=trainer.limit_train_batches,
-        reshuffle=not trainer.overfit_batches,
+        reshuffle=not trainer.overfit_batches,  # type: ignore[attr-defined]  # it is set from outside of the class
         bounded=trainer.max_steps > 0 or isinstance(trainer.limit_train_batches, int),
     )
 

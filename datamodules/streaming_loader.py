@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightllm.batch import TextBatch
 from lightllm.datamodules.loader import TrainingLoader, unchanged
+from lightllm.datamodules.rows import Origin
 from lightllm.datamodules.streaming import Stream, StreamedBatches
 
 
@@ -40,7 +41,7 @@ class StreamingLoader(TrainingLoader):
         super().__init__(settings, epoch_length, reshuffle, stream.rank)
         self.confirms_itself = True
         """Batches count as used when they are given out; False where `confirm` is called for each."""
-        self.stream = stream
+        self._stream = stream
         self._num_workers = num_workers
         self._place: dict[str, Any] | None = None
         self._unconfirmed: deque[dict[str, Any]] = deque()
@@ -51,6 +52,10 @@ class StreamingLoader(TrainingLoader):
         self._place = self._unconfirmed.popleft()
         self.position += 1
         self._resuming = False
+
+    @override
+    def origin(self, document_id: int) -> Origin:
+        return self._stream.origin(document_id)
 
     @override
     def _place_within(self) -> dict[str, Any]:
@@ -65,7 +70,7 @@ class StreamingLoader(TrainingLoader):
     def _read(self, epoch: int) -> Iterator[TextBatch]:
         self._unconfirmed.clear()  # given out by a pass that nobody goes on with
         loader = StatefulDataLoader(
-            StreamedBatches(self.stream, epoch),
+            StreamedBatches(self._stream, epoch),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=unchanged,

@@ -93,8 +93,8 @@ class RowEncoder:
 
 def encode_rows(rows: Iterable[tuple[int, Row | BadRow]], encoder: RowEncoder, processes: int) -> Iterator[EncodedRows]:
     """Encode rows in order, in this process or in several."""
-    chunks = iter(lambda: list(islice(iterator, ROWS_AT_ONCE)), [])
     iterator = iter(rows)
+    chunks = iter(lambda: list(islice(iterator, ROWS_AT_ONCE)), [])
     if processes <= 1 or sys.platform != "linux":  # elsewhere, processes can't inherit the encoder
         yield from map(encoder, chunks)
         return

@@ -16,14 +16,17 @@ from lightllm.datamodules.rows import BadRow, Row
 from lightllm.datamodules.sources import Source
 from lightllm.datamodules.tokenization import numbered_rows
 from lightllm.datamodules.train_tokenizer import TrainTokenizer
+from lightllm.models.load import load_tokenizer
 
 
-def network_tokenizer(trainer: Trainer | None) -> str:
-    """Where the tokenizer of the network that is trained is found.
+def load_chosen(choice: str | None, trainer: Trainer | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a name, or that of the network that is trained.
 
     Raises:
-        ValueError: There is no network, or it has none.
+        ValueError: There is none under the name, or there is no network, or it has none.
     """
+    if choice is not None:
+        return load_tokenizer(choice)
     module = None if trainer is None else trainer.lightning_module
     source = getattr(module, "tokenizer_source", None)
     if source is None:
@@ -31,7 +34,7 @@ def network_tokenizer(trainer: Trainer | None) -> str:
             "there is no tokenizer: the network brings none along, so name one (data.tokenizer), or have one trained "
             "on the data (data.tokenizer.vocab_size)"
         )
-    return str(source)
+    return load_tokenizer(source)
 
 
 def trained_tokenizer(
