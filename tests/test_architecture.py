@@ -74,7 +74,8 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "lm_eval": ("evaluate",),
     "torchao": ("compression.quantize",),
 }
-"""Optional dependencies, and the one module that imports each, inside the function that needs it."""
+"""Optional dependencies, and who imports each, inside the function that needs it: one module, two where files of its
+format are both read and written."""
 
 
 class Import(NamedTuple):
