@@ -6,6 +6,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from lightllm.generate import Decoding, generate
+from lightllm.models.adapters import LoRA
+from lightllm.models.document_attention import BY_DOCUMENT
 
 PROMPTS = ["Call me", "The whale, like all things that are mighty", "x", "wears a false", "return x", "all that"]
 
@@ -61,6 +63,22 @@ def test_a_batch_is_what_each_prompt_gives_alone_without_a_cache(name: str, adap
     answers = generate(network, tiny_tokenizer(), PROMPTS, Decoding(max_new_tokens=14), batch_size=3)
     assert answers == [greedy_by_hand(network, prompt, 14) for prompt in PROMPTS]
     assert len(set(answers)) > 2
+
+
+def test_attention_by_document_generates_the_same() -> None:
+    network = in_training("llama", "full")
+    expected = generate(network, tiny_tokenizer(), PROMPTS, Decoding(max_new_tokens=14))
+    network.set_attn_implementation(BY_DOCUMENT)
+    assert generate(network, tiny_tokenizer(), PROMPTS, Decoding(max_new_tokens=14)) == expected
+
+
+def test_our_lora_generates_what_its_merged_weights_do() -> None:
+    network = LoRA(rank=4).attach(tiny_llama())
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    answers = generate(network.train(), tiny_tokenizer(), PROMPTS, Decoding(max_new_tokens=14))
+    assert answers == generate(network.merge_and_unload(), tiny_tokenizer(), PROMPTS, Decoding(max_new_tokens=14))
 
 
 def test_the_network_and_the_random_numbers_are_left_as_they_were() -> None:
