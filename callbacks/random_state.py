@@ -87,7 +87,7 @@ def random_numbers(device: torch.device) -> RandomNumbers:
         "python": torch.tensor([version, *words]),
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_position": torch.tensor([int(position), int(has_gauss)]),
-        "gauss": torch.tensor([float("nan") if gauss is None else gauss, cached], dtype=torch.float64),
+        "gauss": torch.tensor([gauss is not None, gauss or 0.0, cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
@@ -98,8 +98,8 @@ def random_numbers(device: torch.device) -> RandomNumbers:
 def restore_random_numbers(state: RandomNumbers, device: torch.device) -> None:
     """Set every generator of this process to what `random_numbers` gave."""
     version, *words = state["python"].tolist()
-    gauss, cached = state["gauss"].tolist()
-    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    has_python_gauss, gauss, cached = state["gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_python_gauss else None))
     keys = state["numpy"].cpu().numpy().astype(np.uint32)
     position, has_gauss = state["numpy_position"].tolist()
     np.random.set_state(("MT19937", keys, position, has_gauss, cached))

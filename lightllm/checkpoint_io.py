@@ -33,6 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         _replace(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        _flush_to_disk(Path(path).parent)
 
     @override
     def load_checkpoint(
@@ -79,12 +80,12 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
     temporary = _temporary(target)
     try:
         write(temporary)
-        _flush_to_disk(temporary)
+        if temporary.stat().st_nlink == 1:  # a further name's bytes are on the disk already
+            _flush_to_disk(temporary)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_to_disk(target.parent)
 
 
 def _temporary(target: Path) -> Path:

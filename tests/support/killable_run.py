@@ -1,0 +1,133 @@
+"""Real training runs in a forked process, which can be killed at any moment and begun again where they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401  (here rather than in each of the processes that are forked)
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer, seed_everything
+from tiny_networks import TEXT, tiny_llama, tiny_tokenizer
+
+from lightllm.callbacks import Checkpoint, Interruption, NonFiniteLoss, RandomState, RewindMetrics
+from lightllm.checkpoint_io import newest_checkpoint
+from lightllm.datamodules import Batches, Reading, TextData
+from lightllm.loggers import RunCSVLogger
+from lightllm.models import FromConfig, LoRA, Pretrained
+from lightllm.modules import CausalPretraining, FineTuning, LanguageModule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of; `material` is the folder that `make_material` filled."""
+
+    material: Path
+    lora: bool = False
+    workers: int = 0
+    streaming: bool = False
+    mode: Any = "packed"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def module(self) -> LanguageModule:
+        if self.lora:
+            return FineTuning(Pretrained(str(self.material / "network")), LoRA(rank=4, dropout=0.2))
+        fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return CausalPretraining(FromConfig("llama", {**fields, "attention_dropout": 0.2}))
+
+    def data(self) -> TextData:
+        return TextData(
+            train=str(self.material / "train.jsonl"),
+            val=str(self.material / "val.jsonl"),
+            tokenizer=str(self.material / "network"),
+            max_length=24,
+            batches=Batches(mode=self.mode, tokens=96),
+            reading=Reading(streaming=self.streaming, window=16, cache=str(self.material / "cache"), processes=1),
+            num_workers=self.workers,
+        )
+
+    def train(self, run: Path) -> None:
+        """Begin the run in the folder `run`, or go on with it, to its end."""
+        seed_everything(7)
+        trainer = Trainer(
+            default_root_dir=run,
+            accelerator="cpu",
+            logger=RunCSVLogger(run),
+            callbacks=[
+                RandomState(),
+                RewindMetrics(),
+                Interruption(),
+                NonFiniteLoss(),
+                Checkpoint(every_n_train_steps=1),
+            ],
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **self.trainer,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            newest = newest_checkpoint(run / "checkpoints")
+            trainer.fit(self.module(), datamodule=self.data(), ckpt_path=newest, weights_only=True)
+
+    def start(self, run: Path) -> BaseProcess:
+        """`train` in a process of its own, which leads a process group."""
+        process = get_context("fork").Process(target=_lead, args=(self, run))
+        process.start()
+        return process
+
+    def finish(self, run: Path) -> None:
+        """`train` in a process of its own, which must end well."""
+        process = self.start(run)
+        process.join()
+        assert process.exitcode == 0
+
+
+def _lead(recipe: Recipe, run: Path) -> None:
+    os.setpgrp()
+    recipe.train(run)
+
+
+def make_material(folder: Path) -> None:
+    """Write a small network with its tokenizer, and text of which it can learn something."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "network")
+    torch.manual_seed(0)
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "network")
+    words = TEXT.split()
+    for name, count in (("train", 90), ("val", 6)):
+        generator = torch.Generator().manual_seed(count)
+        lines = []
+        for _ in range(count):
+            length = int(torch.randint(2, 9, (), generator=generator))
+            chosen = torch.randint(len(words), (length,), generator=generator).tolist()
+            lines.append(json.dumps({"text": " ".join(words[index] for index in chosen)}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def kill(process: BaseProcess, group: bool = False) -> None:
+    """SIGKILL, to the process alone or with the workers of its data loader."""
+    assert process.pid is not None
+    (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def wait_until_training(process: BaseProcess, run: Path, steps: int) -> None:
+    """Wait until a process has logged a step, or has ended."""
+    while process.is_alive() and logged_steps(run) < steps:
+        time.sleep(0.001)
+
+
+def logged_steps(run: Path) -> int:
+    """Rows in metrics.csv."""
+    path = run / "metrics.csv"
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0

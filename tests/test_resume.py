@@ -1,0 +1,107 @@
+"""A run that is killed at any moment and begun again ends as if it had never been: weights, optimizer, metrics."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killable_run import Recipe, kill, logged_steps, make_material, wait_until_training
+
+from lightllm.checkpoint_io import newest_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
+
+EPOCHS = {"max_epochs": 2}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "full": (10, {"trainer": {**EPOCHS, "val_check_interval": 5}}),
+    "full-workers-accumulate": (4, {"workers": 2, "trainer": {**EPOCHS, "accumulate_grad_batches": 2}}),
+    "full-streaming": (4, {"streaming": True, "trainer": {"max_epochs": -1, "max_steps": 24}}),
+    "full-streaming-workers": (3, {"streaming": True, "workers": 2, "trainer": {"max_epochs": -1, "max_steps": 24}}),
+    "lora": (4, {"lora": True, "mode": "sorted", "trainer": EPOCHS}),
+    "lora-workers": (4, {"lora": True, "workers": 2, "trainer": {**EPOCHS, "val_check_interval": 4}}),
+}
+"""How often each run is killed, and what it is."""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    make_material(folder)
+    return folder
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bitwise equality of what checkpoints are made of."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, whole))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "random_numbers", "loops", "callbacks"):
+        assert equal(ours[part], theirs[part]), part
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (run, whole)]
+    assert names[0] == names[1]
+    best = [torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True) for folder in (run, whole)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+
+
+def wait_for_a_half_written_file(run: Path, seconds: float = 2.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not any((run / "checkpoints").glob("*.tmp-*")):
+        pass
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_run_ends_as_the_uninterrupted_one(tmp_path: Path, material: Path, name: str) -> None:
+    kills, options = RUNS[name]
+    recipe = Recipe(material, **options)
+    recipe.finish(tmp_path / "whole")
+    steps = logged_steps(tmp_path / "whole")
+    chance, run = random.Random(name), tmp_path / "killed"
+    half_written = 0
+    for number, step in enumerate(sorted(chance.sample(range(steps - 1), kills))):
+        process = recipe.start(run)
+        wait_until_training(process, run, step)
+        time.sleep(chance.uniform(0, 0.03))
+        if number % 2:
+            wait_for_a_half_written_file(run)
+        assert process.is_alive(), "it ended before it was killed"
+        kill(process, group=bool(number % 3))
+        half_written += len(list((run / "checkpoints").glob("*.tmp-*")))
+    assert half_written or kills < 10
+    recipe.finish(run)
+    assert_same_run(run, tmp_path / "whole")
+    rows = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert rows == [str(step) for step in range(steps)]
+
+
+def test_uninterrupted_run_is_the_same_each_time(tmp_path: Path, material: Path) -> None:
+    """What the comparisons above rest on; and that they can fail: another seed makes another run."""
+    recipe = Recipe(material, trainer=EPOCHS)
+    recipe.finish(tmp_path / "one")
+    recipe.finish(tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    newest = newest_checkpoint(tmp_path / "one" / "checkpoints")
+    assert newest == tmp_path / "one" / "checkpoints" / f"step={logged_steps(tmp_path / 'one')}.ckpt"
+
+
+def test_checkpoint_of_an_adapter_is_small_and_complete(tmp_path: Path, material: Path) -> None:
+    recipe = Recipe(material, lora=True, trainer=EPOCHS)
+    recipe.finish(tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved)
+    network = sum(path.stat().st_size for path in (material / "network").glob("*.safetensors"))
+    assert sum(tensor.nbytes for tensor in saved.values()) < network / 4
