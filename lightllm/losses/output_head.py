@@ -175,6 +175,17 @@ def block_length(width: int, device: torch.device) -> int:
     return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ACCELERATOR) // width)
 
 
+class LogitOptions(NamedTuple):
+    """How logits are made; all but the dtype as in `linear_cross_entropy`."""
+
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    chunk_tokens: int | None
+    dtype: torch.dtype
+    """The dtype of the products."""
+
+
 class TargetLogits:
     """The logits of the target positions, chunk by chunk and block by block, in buffers that are allocated once.
 
@@ -186,18 +197,14 @@ class TargetLogits:
         weight: Output matrix `[vocab, hidden]`.
         bias: Bias of the logits `[vocab]`, or None.
         labels: Labels `[...]`.
-        softcap: Bound of the logits' magnitude, or None.
-        logit_scale: Factor of the logits before the softcap.
-        ignore_index: Label of positions that are no target.
-        chunk_tokens: Positions in a chunk, or None for `default_chunk_tokens`.
-        dtype: The dtype of the products.
+        options: How logits are made.
         needs_weight: Whether the gradient of the weight will be formed.
 
     Attributes:
         positions: Indices of the targets in the flattened labels `[targets]`.
         targets: Their labels `[targets]`.
-        hidden: Their hidden states `[targets, hidden]`, in `dtype`.
-        head: The output head, its weight in `dtype`.
+        hidden: Their hidden states `[targets, hidden]`, in the dtype of the products.
+        head: The output head, its weight in that dtype too.
         num_chunks: How many chunks there are.
 
     Raises:
@@ -210,20 +217,16 @@ class TargetLogits:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        *,
-        softcap: float | None,
-        logit_scale: float,
-        ignore_index: int,
-        chunk_tokens: int | None,
-        dtype: torch.dtype,
+        options: LogitOptions,
         needs_weight: bool,
     ) -> None:
         vocab = len(weight)
-        wide = softmax_dtype(dtype)
-        self.positions, self.targets = target_positions(labels, vocab, ignore_index)
+        dtype, wide = options.dtype, softmax_dtype(options.dtype)
+        self.positions, self.targets = target_positions(labels, vocab, options.ignore_index)
         self.hidden = hidden.flatten(0, -2)[self.positions].to(dtype)
-        self.head = OutputHead(weight.to(dtype), None if bias is None else bias.to(wide), softcap, logit_scale)
-        self._spans = spans(len(self.targets), chunk_tokens or default_chunk_tokens(weight, needs_weight))
+        wide_bias = None if bias is None else bias.to(wide)
+        self.head = OutputHead(weight.to(dtype), wide_bias, options.softcap, options.logit_scale)
+        self._spans = spans(len(self.targets), options.chunk_tokens or default_chunk_tokens(weight, needs_weight))
         self.num_chunks = len(self._spans)
         longest = max((chunk.stop - chunk.start for chunk in self._spans), default=0)
         self._products = self.hidden.new_empty(longest, vocab)

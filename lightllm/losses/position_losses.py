@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightllm.losses.output_head import TargetLogits, block_length, softmax_dtype, spans
+from lightllm.losses.output_head import LogitOptions, TargetLogits, block_length, softmax_dtype, spans
 
 
 @torch.library.custom_op("lightllm::position_losses", mutates_args=())
@@ -38,43 +38,26 @@ def position_losses(
         bias: Bias of the logits `[vocab]`, or None.
         labels: Labels `[...]`.
         factors: Weights of the positions' losses in the gradients `[...]`, or None for 1.
-        label_smoothing: As in `linear_cross_entropy`, like all down to `chunk_tokens`.
+        label_smoothing: As in `linear_cross_entropy`, like the next five.
         z_loss: Factor of the squared log normalizer.
         softcap: Bound of the logits' magnitude, or None.
         logit_scale: Factor of the logits before the softcap.
         ignore_index: Label of positions that are no target.
         chunk_tokens: Positions in a chunk, or None for the default.
         dtype: The dtype of the products.
-        needs_hidden: Form the gradient of `hidden`.
-        needs_weight: Form the gradient of `weight`.
-        needs_bias: Form the gradient of `bias`.
+        needs_hidden: Whether to form the gradient of `hidden`.
+        needs_weight: Whether to form the gradient of `weight`.
+        needs_bias: Whether to form the gradient of `bias`.
 
     Returns:
         The losses `[...]`, 0 where there is no target, and the gradients of hidden, weight and bias in their shapes
         and dtypes, `[0]` where they are not needed.
-
-    Raises:
-        ValueError: if a label is outside the vocabulary.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = TargetLogits(
-            hidden,
-            weight,
-            bias,
-            labels,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            chunk_tokens=chunk_tokens,
-            dtype=dtype,
-            needs_weight=needs_weight,
-        )
-        sums = _GradientSums(
-            logits,
-            hidden if needs_hidden else None,
-            weight if needs_weight else None,
-            bias if needs_bias else None,
-        )
+        options = LogitOptions(softcap, logit_scale, ignore_index, chunk_tokens, dtype)
+        logits = TargetLogits(hidden, weight, bias, labels, options, needs_weight)
+        needed = zip((hidden, weight, bias), (needs_hidden, needs_weight, needs_bias), strict=True)
+        sums = _GradientSums(logits, *(tensor if needs else None for tensor, needs in needed))
         target_factors = None if factors is None else factors.reshape(-1)[logits.positions]
         terms = _Terms(label_smoothing, z_loss, target_factors)
         losses = hidden.new_zeros(labels.shape, dtype=softmax_dtype(dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
-from lightllm.losses.output_head import TargetLogits, check_inputs, product_dtype, softmax_dtype
+from lightllm.losses.output_head import LogitOptions, TargetLogits, check_inputs, product_dtype, softmax_dtype
 
 
 class TokenStatistics(NamedTuple):
@@ -60,18 +60,8 @@ def _token_statistics(
     loss_sum = hidden.new_zeros((), dtype=softmax_dtype(dtype))
     num_correct = labels.new_zeros(())
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = TargetLogits(
-            hidden,
-            weight,
-            bias,
-            labels,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            chunk_tokens=chunk_tokens,
-            dtype=dtype,
-            needs_weight=False,
-        )
+        options = LogitOptions(softcap, logit_scale, ignore_index, chunk_tokens, dtype)
+        logits = TargetLogits(hidden, weight, bias, labels, options, needs_weight=False)
         for chunk, product in logits.chunks():
             for block, block_logits in logits.blocks(product):
                 targets = logits.targets[chunk][block]

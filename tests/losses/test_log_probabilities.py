@@ -109,6 +109,15 @@ def test_bfloat16_and_autocast() -> None:
         torch.testing.assert_close(gradient, reference.float(), rtol=0.02, atol=0.02)
 
 
+def test_backward_takes_the_products_of_the_forward_whatever_autocast_says() -> None:
+    hidden, weight, _, labels = inputs()
+    loss = linear_log_probabilities(hidden, weight, labels).square().sum()
+    expected = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(gradients, expected, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo itself
 def test_compiled_without_a_graph_break() -> None:
     def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
