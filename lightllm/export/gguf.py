@@ -77,7 +77,7 @@ def write_gguf(
     path = Path(path)
     base = transformers_network(network)
     config = _checked(base.config)
-    weights = merged_weights(network)
+    weights = dict(merged_weights(network))
     if base.config.tie_word_embeddings and torch.equal(
         weights["lm_head.weight"].float(), weights["model.embed_tokens.weight"].float()
     ):

@@ -40,8 +40,7 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
     base = transformers_network(network)
     dtype = dtype or prevailing_dtype(network)
     weights = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in merged_weights(network).items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in merged_weights(network)
     }
     config = deepcopy(base.config)
     config.use_cache = True
@@ -62,15 +61,15 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
     return merged.eval()
 
 
-def merged_weights(network: nn.Module) -> dict[str, Tensor]:
-    """What a plain transformers model's `state_dict` would hold to compute what `network` does.
+def merged_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a plain transformers model's `state_dict` would hold to compute what `network` does, one at a time.
 
     Args:
         network: A transformers model, or a peft model around one.
 
-    Returns:
-        Weights by the plain model's names: in float32 where an adapter was merged or bits were few, else the
-        network's own tensors, detached.
+    Yields:
+        The plain model's name of a weight, and the weight: in float32 where an adapter was merged or bits were few,
+        else the network's own tensor, detached.
 
     Raises:
         ValueError: The adapter is no change of weights, or one that cannot be merged.
@@ -80,8 +79,7 @@ def merged_weights(network: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             f"an adapter of type {kind} changes no weight, so it cannot be merged: export with layout='adapter'"
         )
-    with torch.no_grad():
-        return dict(_weights(transformers_network(network), ""))
+    yield from _weights(transformers_network(network), "")
 
 
 def prevailing_dtype(network: nn.Module) -> torch.dtype:
@@ -137,7 +135,8 @@ def _tuned_layer(layer: BaseTunerLayer) -> dict[str, Tensor]:
         return _tuned_low_bit_layer(layer)
     own = deepcopy(layer)
     assert isinstance(own, nn.Module)
-    own.float().merge(safe_merge=True)
+    with torch.no_grad():
+        own.float().merge(safe_merge=True)
     return _own_tensors(own.get_base_layer())
 
 
@@ -154,10 +153,10 @@ def _tuned_low_bit_layer(layer: BaseTunerLayer) -> dict[str, Tensor]:
         up, down, scale = layer.lora_B[adapter], layer.lora_A[adapter], layer.scaling[adapter]
         assert isinstance(up, nn.Linear)
         assert isinstance(down, nn.Linear)
-        weight = tensors["weight"] + scale * (up.weight.float() @ down.weight.float())
+        weight = tensors["weight"] + scale * (up.weight.detach().float() @ down.weight.detach().float())
         variant = layer.lora_variant.get(adapter)
         if isinstance(variant, DoraLinearVariant):
-            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            magnitude = layer.lora_magnitude_vector[adapter].get_parameter("weight").detach().float()
             weight = weight * (magnitude / weight.norm(dim=1))[:, None]
         elif variant is not None:
             raise ValueError(
@@ -165,5 +164,5 @@ def _tuned_low_bit_layer(layer: BaseTunerLayer) -> dict[str, Tensor]:
             )
         tensors["weight"] = weight
         if layer.lora_bias[adapter]:
-            tensors["bias"] = tensors["bias"] + scale * up.bias.float()
+            tensors["bias"] = tensors["bias"] + scale * up.bias.detach().float()
     return tensors

@@ -40,10 +40,13 @@ def generate(
         What the network adds to each prompt, without special tokens, in the prompts' order.
 
     Raises:
-        ValueError: The network cannot generate, or a prompt is empty or fills all of the network's positions.
+        ValueError: The network cannot generate, a prompt is empty or fills all of the network's positions, or
+            `prompts` is no list.
     """
     from lightllm.models.inference import inference, network_device, own_random_numbers
 
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a list of prompts: give [prompt] for one")
     check_generates(network)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     configuration = generation_settings(network, tokenizer, settings)

@@ -58,7 +58,7 @@ def converse(
         if line == "/reset":
             messages = list(opening)
             console.print("[dim]A new chat.[/]")
-        elif line.startswith("/"):
+        elif line.startswith("/") and " " not in line:
             console.print(f"[dim]No such command: {COMMANDS}[/]")
         elif line:
             asked: list[Message] = [*messages, {"role": "user", "content": line}]

@@ -54,7 +54,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
         list(messages),
         tokenize=False,
         add_generation_prompt=True,
-        chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,
+        chat_template=DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None,
     )
     assert isinstance(text, str)
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jinja2 import TemplateError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -32,9 +33,11 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     answer = "lightllm-answer"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], tokenize=False
-    )
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:  # a template for chats of another kind, which this one cannot ask
+        return None
     assert isinstance(text, str)
     _, found, rest = text.rpartition(answer)
     following = tokenizer(rest, add_special_tokens=False).input_ids if found else []

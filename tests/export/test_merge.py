@@ -85,7 +85,8 @@ def test_what_needs_no_merging_is_shared_and_not_copied() -> None:
     assert merged.model.embed_tokens.weight.data_ptr() == base.model.embed_tokens.weight.data_ptr()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     full = tiny_llama()
-    weights = merged_weights(full)
+    weights = dict(merged_weights(full))
+    assert not any(tensor.requires_grad for tensor in weights.values())
     assert {key: tensor.data_ptr() for key, tensor in weights.items()} == {
         key: tensor.data_ptr() for key, tensor in full.state_dict().items()
     }
@@ -122,7 +123,7 @@ def test_active_adapters_are_merged_and_no_others() -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     shaken_all = shaken(network)
-    plain.load_state_dict(merged_weights(_disabled(shaken_all)))
+    plain.load_state_dict(dict(merged_weights(_disabled(shaken_all))))
     for names in (["default"], ["second"], ["default", "second"]):
         network.base_model.set_adapter(names)
         logits = run(plain, merged_network(network).state_dict())

@@ -143,5 +143,10 @@ def test_networks_that_make_no_text_are_refused() -> None:
         generate(nn.Linear(1, 1), tiny_tokenizer(), ["x"])
 
 
+def test_one_text_is_not_a_list_of_prompts() -> None:
+    with pytest.raises(ValueError, match=r"give \[prompt\]"):
+        generate(tiny_llama(), tiny_tokenizer(), "Call me")
+
+
 def test_no_prompts_no_answers() -> None:
     assert generate(tiny_llama(), tiny_tokenizer(), []) == []

@@ -30,6 +30,11 @@ def test_an_end_of_turn_that_is_ordinary_text_does_not_stop(tokenizer: PreTraine
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
 
 
+def test_a_template_for_other_chats_names_no_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
+    assert end_of_turn_id(tokenizer) is None
+
+
 def test_only_special_tokens_of_the_generation_configuration_stop(tokenizer: PreTrainedTokenizerBase) -> None:
     network = tiny_llama()
     network.generation_config.eos_token_id = [2, 50]
