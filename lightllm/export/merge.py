@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.low_bit import dequantized_weight, is_low_bit
+from lightllm.models.module_copy import copy_without_hooks
 
 
 def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -133,8 +134,8 @@ def _tuned_layer(layer: BaseTunerLayer) -> dict[str, Tensor]:
         return _own_tensors(base)
     if is_low_bit(base):
         return _tuned_low_bit_layer(layer)
-    own = deepcopy(layer)
-    assert isinstance(own, nn.Module)
+    assert isinstance(layer, nn.Module)
+    own = copy_without_hooks(layer)
     with torch.no_grad():
         own.float().merge(safe_merge=True)
     return _own_tensors(own.get_base_layer())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+
+from lightllm.models.module_copy import copy_without_hooks
 
 
 def keep_differentiable(network: nn.Module) -> nn.Module:
@@ -35,6 +35,6 @@ def is_low_bit(layer: nn.Module) -> bool:
 
 def dequantized_weight(layer: nn.Module) -> Tensor:
     """The weight that a 4- or 8-bit layer multiplies by, `[out, in]` in float32; the layer stays as it is."""
-    own = deepcopy(layer)
+    own = copy_without_hooks(layer)
     own.state_dict()  # bitsandbytes unpacks what it packed for inference before it saves
     return dequantize_module_weight(own).detach().float()
