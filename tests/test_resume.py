@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import random
+import signal
+import subprocess
 import sys
 import time
+import warnings
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from killable_run import Recipe, kill, logged_steps, make_material, wait_until_training
 
 from lightllm.checkpoint_io import newest_checkpoint
+from lightllm.runs import CHOSEN_RUN
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
 
@@ -105,3 +114,75 @@ def test_checkpoint_of_an_adapter_is_small_and_complete(tmp_path: Path, material
     assert all("lora_" in name for name in saved)
     network = sum(path.stat().st_size for path in (material / "network").glob("*.safetensors"))
     assert sum(tensor.nbytes for tensor in saved.values()) < network / 4
+
+
+def write_config(path: Path, material: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    network = {"architecture": "llama", "fields": {**sizes, "attention_dropout": 0.2}}
+    data = {
+        "train": str(material / "train.jsonl"),
+        "val": str(material / "val.jsonl"),
+        "tokenizer": str(material / "network"),
+        "max_length": 24,
+        "batches": {"tokens": 96},
+        "reading": {"cache": str(material / "cache"), "processes": 1},
+    }
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    config = {
+        "trainer": {**EPOCHS, "accelerator": "cpu", "log_every_n_steps": 1, "val_check_interval": 5},
+        "checkpoint": {"every_n_train_steps": 1},
+        "model": {
+            "class_path": "CausalPretraining",
+            "init_args": {"network": {"class_path": "FromConfig", "init_args": network}, "optimizer": optimizer},
+        },
+        "data": {"class_path": "TextData", "init_args": data},
+    }
+    path.write_text(yaml.safe_dump(config))
+
+
+def command(*arguments: str) -> BaseProcess:
+    """`lightllm fit …` in a forked process, which saves the imports."""
+    from lightllm.cli import main
+
+    def run() -> None:
+        os.environ.pop(CHOSEN_RUN, None)
+        warnings.simplefilter("ignore")  # as for a user: pytest makes errors of what libraries retire
+        sys.exit(main(["fit", *arguments]))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def curves(run: Path) -> list[tuple[str, str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
+
+
+def test_command_line_goes_on_after_a_signal_and_a_kill(
+    tmp_path: Path, material: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, whole, run = tmp_path / "config.yaml", tmp_path / "whole", tmp_path / "run"
+    write_config(config, material)
+    process = command("--config", str(config), "--run", str(whole))
+    process.join()
+    assert process.exitcode == 0
+
+    process = command("--config", str(config), "--run", str(run))
+    wait_until_training(process, run, steps=4)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert f"lightllm fit --resume {run}" in capfd.readouterr().err
+
+    process = command("--resume", str(run))
+    wait_until_training(process, run, steps=logged_steps(run) + 4)
+    kill(process)
+    assert process.exitcode == -signal.SIGKILL
+
+    resumed = subprocess.run([sys.executable, "-m", "lightllm", "fit", "--resume", str(run)], capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (run, whole))
+    assert equal(ours["state_dict"], theirs["state_dict"])
+    assert equal(ours["optimizer_states"], theirs["optimizer_states"])
+    assert curves(run) == curves(whole)
