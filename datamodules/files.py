@@ -54,13 +54,14 @@ def read_text(path: Path, start: Cursor = START) -> RowReader:
                 if held is not None:
                     yield held[0]._replace(ends=False), held[1]
                 held, begins = finished, False
-            lines, size, first = [], 0, line
+            lines, size = [], 0
         if isinstance(text, BadRow):
             if held is not None:
                 yield held[0]._replace(ends=False), held[1]
                 held = None
             yield text, behind
         else:
+            first = first if lines else line
             lines.append(text)
             size += len(raw)
         after = behind
@@ -174,7 +175,7 @@ def _decoded(raw: bytes, origin: Origin) -> str | BadRow:
 
 def _json_row(text: str, origin: Origin) -> Row | BadRow:
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         return BadRow(origin, f"broken JSON: {error.msg} (character {error.pos + 1} of the line)")
     if "\\ud" in text.lower():  # half of an escaped surrogate pair is valid JSON, but no text
