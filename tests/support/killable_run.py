@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import peft  # noqa: F401  (here rather than in each of the processes that are forked)
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer, seed_everything
 from tiny_networks import TEXT, tiny_llama, tiny_tokenizer
@@ -85,6 +87,18 @@ class Recipe:
         process.start()
         return process
 
+    def start_ranks(self, run: Path, count: int) -> list[BaseProcess]:
+        """`train` in so many processes, which share the work."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [
+            get_context("fork").Process(target=_be_rank, args=(self, run, rank, count, port)) for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        return list(processes)
+
     def finish(self, run: Path) -> None:
         """`train` in a process of its own, which must end well."""
         process = self.start(run)
@@ -95,6 +109,13 @@ class Recipe:
 def _lead(recipe: Recipe, run: Path) -> None:
     os.setpgrp()
     recipe.train(run)
+
+
+def _be_rank(recipe: Recipe, run: Path, rank: int, count: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {"devices": count, "strategy": "ddp", "plugins": [TorchElasticEnvironment()]}
+    replace(recipe, trainer={**recipe.trainer, **ranks}).train(run)
 
 
 def make_material(folder: Path) -> None:
