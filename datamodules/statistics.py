@@ -29,15 +29,16 @@ class Statistics:
     def describe(self, max_length: int) -> str:
         """All of it in a line."""
         parts = [
-            f"{self.num_documents:,} documents, {self.num_positions:,} positions in {self.num_batches:,} batches, "
+            f"{_count(self.num_documents, 'document')}, {self.num_positions:,} positions in "
+            f"{self.num_batches:,} {'batch' if self.num_batches == 1 else 'batches'}, "
             f"{self.padding_share:.1%} padding"
         ]
         if self.num_truncated:
-            parts.append(f"{self.num_truncated:,} documents truncated to {max_length} positions")
+            parts.append(f"{_count(self.num_truncated, 'document')} truncated to {max_length} positions")
         if self.num_dropped:
             parts.append(f"{self.num_dropped:,} left out: nothing to learn within {max_length} positions")
         if self.num_bad_rows:
-            parts.append(f"{self.num_bad_rows:,} bad rows skipped")
+            parts.append(f"{_count(self.num_bad_rows, 'bad row')} skipped")
         return "; ".join(parts)
 
 
@@ -64,7 +65,11 @@ def require_documents(split: str, documents: DocumentSet, max_length: int) -> No
         return
     encoded = documents.store.encoded
     raise ValueError(
-        f"{split}: no documents in {', '.join(documents.store.source_names[:3])}: {encoded.num_rows:,} rows, "
-        f"{encoded.num_bad_rows:,} of them bad, and {documents.num_dropped:,} documents with nothing to learn within "
-        f"max_length={max_length} positions"
+        f"{split}: no documents in {', '.join(documents.store.source_names[:3])}: {_count(encoded.num_rows, 'row')}, "
+        f"{encoded.num_bad_rows:,} of them bad, and {_count(documents.num_dropped, 'document')} with nothing to learn "
+        f"within max_length={max_length} positions"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
