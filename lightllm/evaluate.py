@@ -1,22 +1,18 @@
-"""How good a network is: on text, per token, byte and document; and on the tasks of lm-evaluation-harness."""
+"""How good a network is: on text, per token and byte; and on the tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
-from lightllm.losses import linear_log_probabilities, linear_token_statistics
+from lightllm.losses import linear_token_statistics
 from lightllm.models.anatomy import output_head, vocabulary_size
 from lightllm.models.hidden_states import hidden_states
 from lightllm.models.inference import inference, network_device
@@ -56,9 +52,18 @@ def evaluate_text(
     """
     table = bytes_per_token(tokenizer, vocabulary_size(network))
     loss_sum, num_tokens, num_correct, num_bytes = 0.0, 0, 0, 0
+    device, head = network_device(network), output_head(network)
     with inference(network):
         for batch in batches:
-            statistics = linear_token_statistics(*_head_inputs(network, batch), **_head_options(network))
+            moved: Any = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+            statistics = linear_token_statistics(
+                hidden_states(network, moved).to(head.weight.dtype),
+                head.weight,
+                moved["labels"],
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            )
             targets = batch["labels"][batch["labels"] != IGNORE_INDEX].cpu()
             loss_sum += float(statistics.loss_sum)
             num_tokens += int(statistics.weight)
@@ -79,55 +84,6 @@ def evaluate_text(
 
 _LARGEST_EXPONENT = 700.0
 """Above it, exp overflows a float."""
-
-
-def document_losses(network: nn.Module, batch: TextBatch) -> dict[int, tuple[float, int]]:
-    """Sum of -log p(target) and number of targets of each document in a batch, by document id, in order.
-
-    Args:
-        network: As in `evaluate_text`.
-        batch: One batch; a document may go on in the next one, whose sums are then to be added.
-    """
-    with inference(network):
-        losses = -linear_log_probabilities(*_head_inputs(network, batch), **_head_options(network)).cpu()
-    targets = batch["labels"].cpu() != IGNORE_INDEX
-    documents, losses = batch["document_ids"].cpu()[targets], losses[targets].double()
-    found: dict[int, tuple[float, int]] = {}
-    for document in dict.fromkeys(documents.tolist()):
-        own = losses[documents == document]
-        found[document] = (float(own.sum()), len(own))
-    return found
-
-
-def write_document_losses(
-    network: nn.Module, batches: Iterable[TextBatch], path: str | Path, describe: Callable[[int], str]
-) -> int:
-    """Write a JSONL row for each document with a target: `origin`, `loss` (nats a target token), `tokens`.
-
-    The file appears whole or not at all.
-
-    Args:
-        network: As in `evaluate_text`.
-        batches: Batches of documents; one that lies in several batches is put together again.
-        path: The file.
-        describe: Where a document comes from (`file.jsonl:17`), by its id.
-
-    Returns:
-        Number of rows.
-    """
-    sums: defaultdict[int, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for batch in batches:
-        for document, (loss, count) in document_losses(network, batch).items():
-            sums[document] = (sums[document][0] + loss, sums[document][1] + count)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for document, (loss, count) in sums.items():
-            row = {"origin": describe(document), "loss": loss / count, "tokens": count}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
-    return len(sums)
 
 
 def evaluate_tasks(
@@ -178,17 +134,3 @@ def evaluate_tasks(
         task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
-
-
-def _head_inputs(network: nn.Module, batch: TextBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, the head's matrix and labels, on the network's device and in one dtype."""
-    device = network_device(network)
-    moved: Any = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
-    weight = output_head(network).weight
-    hidden = hidden_states(network, moved)
-    return hidden if torch.is_autocast_enabled(device.type) else hidden.to(weight.dtype), weight, moved["labels"]
-
-
-def _head_options(network: nn.Module) -> dict[str, Any]:
-    head = output_head(network)
-    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
-from lightllm.evaluate import document_losses, evaluate_tasks, evaluate_text, write_document_losses
+from lightllm.evaluate import evaluate_tasks, evaluate_text
 
 DOCUMENTS = {7: TEXT[:60], 3: TEXT[60:90], 5: "東京の海, 🐋🐳"}
 
@@ -90,34 +90,6 @@ def test_nothing_to_evaluate_is_an_error() -> None:
     batch["labels"].fill_(IGNORE_INDEX)
     with pytest.raises(ValueError, match="no batch has a target"):
         evaluate_text(tiny_llama(), tiny_tokenizer(), [batch])
-
-
-def test_each_document_has_its_own_loss() -> None:
-    network = tiny_llama()
-    found = document_losses(network, packed([7, 3], [5]))
-    assert list(found) == [7, 3, 5]
-    for document, (loss, count) in found.items():
-        losses, _, _ = one_by_one(network, document)
-        assert count == len(losses)
-        assert loss == pytest.approx(losses.sum().item(), rel=1e-5)
-
-
-def test_rows_are_written_with_their_origin_and_split_documents_are_joined(tmp_path: Path) -> None:
-    network, path = tiny_llama(), tmp_path / "run" / "losses.jsonl"
-    halves = [packed([7]), packed([7])]
-    middle = halves[0]["labels"].shape[1] // 2
-    halves[0]["labels"][:, middle:] = IGNORE_INDEX
-    halves[1]["labels"][:, :middle] = IGNORE_INDEX
-    assert write_document_losses(network, [*halves, packed([3])], path, "data.jsonl:{}".format) == 2
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row, document in zip(rows, (7, 3), strict=True):
-        losses, _, _ = one_by_one(network, document)
-        assert row == {
-            "origin": f"data.jsonl:{document}",
-            "loss": pytest.approx(losses.mean().item(), rel=1e-5),
-            "tokens": len(losses),
-        }
-    assert [file.name for file in path.parent.iterdir()] == ["losses.jsonl"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
