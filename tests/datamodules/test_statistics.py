@@ -32,16 +32,14 @@ def test_statistics_say_what_became_of_the_rows() -> None:
     assert statistics.num_batches == len(plan) == 3
     assert statistics.padding_share == pytest.approx(1 - 42 / (16 + 20 + 11))
     assert statistics.describe(20) == (
-        "4 documents, 42 positions in 3 batches, 10.6% padding; 1 documents truncated to 20 positions; "
-        "1 left out: nothing to learn within 20 positions; 1 bad rows skipped"
+        "4 documents, 42 positions in 3 batches, 10.6% padding; 1 document truncated to 20 positions; "
+        "1 left out: nothing to learn within 20 positions; 1 bad row skipped"
     )
 
 
 def test_empty_split_is_refused_with_what_became_of_it() -> None:
     require_documents("train", select_documents(store(), np.arange(5), 1, 20, "truncate"), 20)
     nothing = select_documents(store(), np.array([3]), 1, 20, "truncate")
-    message = (
-        "val: no documents in f: 6 rows, 1 of them bad, and 1 documents with nothing to learn within max_length=20"
-    )
+    message = "val: no documents in f: 6 rows, 1 of them bad, and 1 document with nothing to learn within max_length=20"
     with pytest.raises(ValueError, match=message):
         require_documents("val", nothing, 20)

@@ -28,7 +28,7 @@ def test_named_tokenizer_and_that_of_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", [None, trainer_of(tokenizer_source=None), trainer_of()])
 def test_no_tokenizer_anywhere(trainer: Trainer | None) -> None:
-    with pytest.raises(ValueError, match="there is no tokenizer: .* name one .data.tokenizer., or have one trained"):
+    with pytest.raises(ValueError, match=r"there is no tokenizer: .* name one .data.tokenizer., or have one trained"):
         load_chosen(None, trainer)
 
 
