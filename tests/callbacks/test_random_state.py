@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from resumable_run import NotingModule, run, same_state
 from typing_extensions import override
 
 from lightllm.callbacks import Checkpoint, RandomState
-from lightllm.callbacks.random_state import random_numbers, restore_random_numbers
+from lightllm.callbacks.random_state import RandomNumbers
 
 CPU = torch.device("cpu")
 
@@ -25,10 +26,10 @@ def draw() -> list[Any]:
 def test_restored_generators_draw_the_same(tmp_path: Path, half_drawn: bool) -> None:
     if half_drawn:  # normal numbers are drawn in pairs, and the second one is kept
         random.gauss(0, 1), np.random.randn()
-    torch.save(random_numbers(CPU), tmp_path / "state")
+    torch.save(RandomNumbers.now(CPU).as_tensors(), tmp_path / "state")
     drawn = draw()
     draw()
-    restore_random_numbers(torch.load(tmp_path / "state", weights_only=True), CPU)
+    RandomNumbers.from_tensors(torch.load(tmp_path / "state", weights_only=True)).restore(CPU)
     assert draw() == drawn
 
 
@@ -90,6 +91,7 @@ def worker(rank: int, folder: Path) -> None:
 
     class TwoRanks:
         world_size, global_rank = 2, rank
+        state = TrainerState(fn=TrainerFn.FITTING)
 
     module = NotingModule()
     torch.manual_seed(rank)
