@@ -100,12 +100,13 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id, GGUF file or packaged model.
+    """The tokenizer of a folder (which need not hold a model), hub id, GGUF file or packaged model.
 
     Raises:
         ValueError: No tokenizer is found there.
     """
-    location = resolve_checkpoint(source)
+    folder = Path(source).expanduser()
+    location = str(folder) if (folder / "tokenizer_config.json").is_file() else resolve_checkpoint(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -119,8 +120,10 @@ def _converted_gguf(file: Path) -> Path:
 
     Two processes that need it at once make it once: the second waits for the first.
     """
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if _HAS_FILE_DIGEST else hashlib.sha256(stream.read())
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
     folder = cache_folder() / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder
@@ -129,9 +132,6 @@ def _converted_gguf(file: Path) -> Path:
         if not (folder / "config.json").is_file():
             _convert_gguf(file, folder)
     return folder
-
-
-_HAS_FILE_DIGEST = "file_digest" in vars(hashlib)  # Python 3.11 and later
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
@@ -145,9 +145,8 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="bfloat16")
         # What a GGUF file leaves behind marks the model as quantized, and trainers refuse it: it no longer is.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.quantization_method = None
+        for mark, none in {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}.items():
+            setattr(model, mark, none)
         if "quantization_config" in vars(model.config):
             del model.config.quantization_config
         model.save_pretrained(unfinished)
