@@ -6,6 +6,7 @@ Peft is imported when an adapter is attached: it takes a second, and `lightllm f
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -238,6 +239,9 @@ def _peft(network: nn.Module, configuration: PeftConfig) -> nn.Module:
     if isinstance(network, PreTrainedModel):
         configuration.task_type = TaskType.CAUSAL_LM if network.can_generate() else TaskType.FEATURE_EXTRACTION
     # Peft keeps the adapter in float32 beside half-precision weights: small updates would be rounded away.
-    adapted = get_peft_model(network, configuration)  # type: ignore[arg-type]  # any nn.Module works
+    with warnings.catch_warnings():
+        # It asks whether the network checkpoints its gradients by a name that transformers is retiring.
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        adapted = get_peft_model(network, configuration)
     assert isinstance(adapted, nn.Module)
     return adapted

@@ -2,8 +2,9 @@
 
 A block-diagonal mask makes attention over a packed row cost its length squared, most of it masked away, and keeps
 the causal kernel from being used. On a CPU it is cheaper to run that kernel once a document. The implementation is
-registered with transformers as `by_document` and serves any architecture; wherever it has no advantage (another
-device, a single document a row, a cache, a sliding window, an unusual mask) it is transformers' `sdpa`.
+registered with transformers as `by_document` and serves every architecture that attends by transformers' interface and
+needs nothing that sdpa lacks; wherever it has no advantage (another device, a single document a row, a cache, a sliding
+window, an unusual mask) it is transformers' `sdpa`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 BY_DOCUMENT = "by_document"
+
+_BEYOND_SDPA = ("position_bias", "s_aux", "softcap")
+"""What some architectures ask of their attention and the kernel has no argument for."""
+
+
+def implementation_for(attention: str, architecture: type[PreTrainedModel] | None) -> str | None:
+    """What to ask transformers for, so that `by_document` goes only where it gives the architecture's own attention.
+
+    Args:
+        attention: What the user asks for.
+        architecture: The class of the network, None where it is not transformers' own.
+
+    Returns:
+        `attention`, or None for transformers' own choice of sdpa or eager where `by_document` cannot serve: the
+        architecture has no sdpa (sinks, soft caps) or does not attend by transformers' interface.
+    """
+    if attention != BY_DOCUMENT:
+        return attention
+    serves = architecture is not None and architecture._supports_sdpa and architecture._supports_attention_backend
+    return BY_DOCUMENT if serves else None
 
 
 def document_lengths_or_mask(
@@ -32,8 +53,8 @@ def document_lengths_or_mask(
     """
     packed_on_cpu = (
         attention_mask is None
-        and arguments["allow_is_causal_skip"] is False
-        and not arguments["use_vmap"]
+        and arguments.get("allow_is_causal_skip") is False
+        and not arguments.get("use_vmap")
         and arguments.get("local_size") is None
         and arguments["q_length"] == arguments["kv_length"]
         and torch.device(arguments["device"]).type == "cpu"
@@ -74,23 +95,31 @@ def attention_by_document(
 
     Returns:
         `[batch, seq, heads, head_dim]`, and no attention weights.
+
+    Raises:
+        ValueError: The layer asks for something that sdpa cannot do.
     """
+    asked = [name for name in _BEYOND_SDPA if arguments.get(name) is not None]
+    if asked:
+        raise ValueError(f"{type(module).__name__} needs {asked}, which sdpa does not do: set attention to eager")
     if attention_mask is None or attention_mask.ndim != 1:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
         return output, None
     batch, heads, length, _ = query.shape
     lengths = attention_mask.tolist()
     # One split a tensor, not one slice a document: a slice's gradient is a zero-filled tensor of the whole row.
-    parts = (states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value))
+    parts = [states.transpose(1, 2).flatten(0, 1).split(lengths) for states in (query, key, value)]
     outputs = [
         scaled_dot_product_attention(
-            *(states.transpose(0, 1)[None] for states in document),
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
             dropout_p=arguments.get("dropout", 0.0),
             scale=arguments.get("scaling"),
             is_causal=True,
             enable_gqa=heads != key.shape[1],
         )[0].transpose(0, 1)
-        for document in zip(*parts, strict=True)
+        for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs).view(batch, length, heads, -1), None
 

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightllm.models.document_attention import implementation_for
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, torch_dtype
-from lightllm.models.pretrained import AUTO_CLASSES
+from lightllm.models.pretrained import AUTO_CLASSES, architecture_for
 
 _LLAMA = {"model_type": "llama", "rope_theta": 10_000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
@@ -76,8 +77,10 @@ class FromConfig(Network):
     def build(self, request: BuildRequest) -> nn.Module:
         if request.quantization is not None:
             raise ValueError("a network from scratch has nothing to quantize yet: take QLoRA with Pretrained")
+        config = self.configuration(request.tokenizer)
+        attention = implementation_for(self.attention, architecture_for(config, request.task))
         network = AUTO_CLASSES[request.task].from_config(  # type: ignore[attr-defined]
-            self.configuration(request.tokenizer), dtype=torch_dtype(self.dtype), attn_implementation=self.attention
+            config, dtype=torch_dtype(self.dtype), attn_implementation=attention
         )
         assert isinstance(network, nn.Module)
         return network

@@ -12,7 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["by_document", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
-"""`by_document` is sdpa that on a CPU wastes nothing on packed rows; the others are transformers' own."""
+"""`by_document` is sdpa that on a CPU wastes nothing on packed rows, and transformers' own choice for architectures
+that it cannot serve; the others are transformers' own."""
 Task = Literal["causal", "masked", "encoder"]
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from typing_extensions import override
 
-from lightllm.models import document_attention  # noqa: F401  (registers `by_document` with transformers)
+from lightllm.models.document_attention import implementation_for
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
 from lightllm.models.low_bit import keep_differentiable
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
@@ -15,6 +25,12 @@ AUTO_CLASSES: dict[Task, type] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "encoder": AutoModel,
+}
+
+_ARCHITECTURES = {
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING,
+    "encoder": MODEL_MAPPING,
 }
 
 
@@ -61,12 +77,16 @@ class Pretrained(Network):
     @override
     def build(self, request: BuildRequest) -> nn.Module:
         checkpoint = resolve_checkpoint(self.name)
+        config = AutoConfig.from_pretrained(
+            checkpoint, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        architecture = architecture_for(config, request.task)
         if request.task == "causal":
-            _refuse_encoder(checkpoint, self)
+            _refuse_encoder(self.name, config, architecture)
         network = AUTO_CLASSES[request.task].from_pretrained(  # type: ignore[attr-defined]
             checkpoint,
             dtype=torch_dtype(self.dtype),
-            attn_implementation=self.attention,
+            attn_implementation=implementation_for(self.attention, architecture),
             quantization_config=request.quantization,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
@@ -75,14 +95,18 @@ class Pretrained(Network):
         return keep_differentiable(network)
 
 
-def _refuse_encoder(checkpoint: str, network: Pretrained) -> None:
+def architecture_for(config: PreTrainedConfig, task: Task) -> type[PreTrainedModel] | None:
+    """The class that transformers builds a configuration's network with; None if its code is not transformers' own."""
+    found = _ARCHITECTURES[task].get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _refuse_encoder(name: str, config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> None:
     """A BERT loads as a causal model, with a random head and a mask that it never saw: nobody wants that."""
-    config = AutoConfig.from_pretrained(
-        checkpoint, revision=network.revision, trust_remote_code=network.trust_remote_code
-    )
     architectures = config.architectures or []
-    if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
+    own = None if architecture is None else architecture.__name__
+    if architectures and not any("CausalLM" in one or "LMHead" in one or one == own for one in architectures):
         raise ValueError(
-            f"{network.name!r} is {', '.join(architectures)}, which does not predict the next token: this objective "
+            f"{name!r} is {', '.join(architectures)}, which does not predict the next token: this objective "
             "needs a causal language model"
         )

@@ -19,11 +19,11 @@ from lightllm.batch import IGNORE_INDEX, TextBatch
 from lightllm.losses import linear_log_probabilities, linear_token_statistics
 from lightllm.models.adapters import Adapter, Full
 from lightllm.models.anatomy import max_positions, output_head, vocabulary_size
-from lightllm.models.hidden_states import hidden_states
+from lightllm.models.hidden_states import check_packing, hidden_states
 from lightllm.models.load import load_tokenizer
 from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.token_bytes import bytes_per_token
-from lightllm.modules.build import BuildPlan, Transformation, build_network
+from lightllm.modules.build import BuildPlan, Transformation, build_network, on_meta
 from lightllm.modules.checkpointing import check_restored, without_restorable_weights
 from lightllm.modules.parameter_groups import parameter_groups
 from lightllm.modules.run_length import total_optimizer_steps
@@ -121,8 +121,7 @@ class LanguageModule(LightningModule, ABC):
         self.tokenizer = getattr(datamodule, "tokenizer", None)
         if self.tokenizer is None and self.tokenizer_source is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_source)
-        mode = getattr(getattr(datamodule, "batches", None), "mode", None)
-        if mode == "packed" and not self.plan.adapter.supports_packing:
+        if self._rows_are_packed() and not self.plan.adapter.supports_packing:
             raise ValueError(
                 f"{type(self.plan.adapter).__name__} puts something before every row, so a row can hold one document "
                 "only: set data.batches.mode to sorted"
@@ -137,7 +136,7 @@ class LanguageModule(LightningModule, ABC):
         self._check_agreement()
 
     def _check_agreement(self) -> None:
-        """Refuse a tokenizer or a row length that the network has no embedding for."""
+        """Refuse data that the network cannot take: its tokenizer, its rows' length, documents packed in a row."""
         network = self.built_network
         if self.tokenizer is not None and len(self.tokenizer) > vocabulary_size(network):
             raise ValueError(
@@ -147,6 +146,12 @@ class LanguageModule(LightningModule, ABC):
         length, limit = getattr(getattr(self._trainer, "datamodule", None), "max_length", None), max_positions(network)
         if length is not None and limit is not None and length > limit:
             raise ValueError(f"data.max_length is {length}, but the network has positions for {limit} only: lower it")
+        if self._rows_are_packed() and not on_meta(network):
+            check_packing(network)
+
+    def _rows_are_packed(self) -> bool:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(getattr(datamodule, "batches", None), "mode", None) == "packed"
 
     @override
     def on_fit_start(self) -> None:

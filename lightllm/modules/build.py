@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightllm.models.adapters import Adapter
-from lightllm.models.anatomy import blocks, check_head, decoder, unwrapped
+from lightllm.models.anatomy import blocks, check_head, decoder, output_head, unwrapped
 from lightllm.models.document_attention import BY_DOCUMENT
+from lightllm.models.hidden_states import check_causal
 from lightllm.models.network import BuildRequest, Network, Task
 
 
@@ -51,9 +52,11 @@ def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[
     if isinstance(network, PreTrainedModel):
         # Without a cache, restarting positions keep packed documents apart; with one, they leak silently.
         network.config.use_cache = False
-        if plan.task == "causal" and not any(parameter.is_meta for parameter in network.parameters()):
-            check_head(network)
+    if plan.task == "causal" and not on_meta(network):
+        _check_causal_network(network)
     network = plan.adapter.attach(network)
+    if plan.task == "causal":
+        output_head(network)  # which refuses an adapter on it
     for transformation in sorted(transformations, key=lambda one: one.kind):
         network = transformation.apply(network)
     if plan.gradient_checkpointing:
@@ -66,6 +69,22 @@ def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[
         for block in blocks(network):
             block.compile()
     return network.train()
+
+
+def on_meta(network: nn.Module) -> bool:
+    """Whether the network has no weights yet, so that nothing can be computed with it."""
+    return any(parameter.is_meta for parameter in network.parameters())
+
+
+def _check_causal_network(network: nn.Module) -> None:
+    try:
+        check_causal(network)
+    except IndexError:  # its layers read the mask themselves, and find document lengths
+        if not isinstance(network, PreTrainedModel) or network.config._attn_implementation != BY_DOCUMENT:
+            raise
+        network.set_attn_implementation("sdpa")
+        check_causal(network)
+    check_head(network)
 
 
 def _checkpoint_gradients(network: nn.Module) -> None:

@@ -18,7 +18,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("no parameter trains: every one is frozen")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
