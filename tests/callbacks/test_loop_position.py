@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resumable_run import BATCH, NotingModule, SaveAt, rows, run, same_state, train_loader
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
+from typing_extensions import override
 
 from lightllm.callbacks import Checkpoint, RandomState
 
@@ -71,6 +76,63 @@ def test_finished_run_goes_on_when_it_is_given_more(
     resumed = run(tmp_path, resumable(tmp_path), resume=tmp_path / "own" / "last.ckpt", **fields)
     assert begun.seen + resumed.seen == whole.seen
     assert same_state(resumed, whole)
+
+
+class StopsAfter(Callback):
+    """Asks the trainer to stop, as a limit of time or early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("step", [3, 7, 8])
+def test_run_that_was_stopped_early_goes_on(tmp_path: Path, validate: bool, step: int) -> None:
+    whole = run(tmp_path, resumable(tmp_path / "whole"), validate=validate)
+    stopped = run(tmp_path, [StopsAfter(step), *resumable(tmp_path)], validate=validate)
+    assert len(stopped.seen) == step
+    resumed = run(tmp_path, resumable(tmp_path), resume=tmp_path / "own" / "last.ckpt", validate=validate)
+    assert stopped.seen + resumed.seen == whole.seen
+    assert same_state(resumed, whole)
+
+
+class CountingLoader:
+    """Counts epochs by itself, like the project's own: each pass is a new epoch, unless a place within one was set."""
+
+    def __init__(self) -> None:
+        self.epoch = self.position = 0
+        self.fresh = True
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.fresh or self.position >= 7:
+            self.epoch, self.position = self.epoch + 1, 0
+        for index in range(self.position, 7):
+            self.position, self.fresh = index + 1, False
+            yield torch.full((BATCH, 4), 100 * self.epoch + index)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self.fresh = state["epoch"], state["position"], True
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_loader_that_counts_epochs_itself(tmp_path: Path, hook: str, length: dict[str, Any]) -> None:
+    fields = {"validate": True, **length}
+    whole = run(tmp_path, resumable(tmp_path, hook), loader=CountingLoader(), **fields)
+    assert {rows[0] // 100 for _, _, rows in whole.seen} == {0, 1, 2}
+    for path in sorted(tmp_path.glob("*.ckpt"))[:6]:
+        resumed = run(tmp_path, resumable(tmp_path / "again"), resume=path, loader=CountingLoader(), **fields)
+        assert_tail(resumed, whole)
 
 
 def test_workers_and_the_end_of_an_epoch(tmp_path: Path) -> None:
