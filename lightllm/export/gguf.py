@@ -190,8 +190,10 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     ):
         if token_id is not None:
             write(token_id)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+    if isinstance(tokenizer.chat_template, str):
+        # llama.cpp gives every vocabulary a start token, by default an ordinary word, and templates may ask for it.
+        nothing = "{%- set bos_token = '' -%}" if tokenizer.bos_token_id is None else ""
+        writer.add_chat_template(nothing + tokenizer.chat_template)
 
 
 def _write_tensors(

@@ -22,6 +22,7 @@ from transformers import (
 from lightllm.export import GGUF_TYPES, gguf, write_gguf
 from lightllm.export.compare import outputs
 from lightllm.generate import Decoding, generate
+from lightllm.models.chat_template import with_chat_template
 from lightllm.models.load import load_tokenizer, resolve_checkpoint
 
 if importlib.util.find_spec("gguf") is None:
@@ -72,7 +73,8 @@ def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(tmp_path, gguf_file="net.gguf")
     assert loaded(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert (loaded.eos_token, loaded.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
-    assert loaded.chat_template == tokenizer.chat_template
+    chat = [{"role": "user", "content": "Who?"}]
+    assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
     fields = GGUFReader(tmp_path / "net.gguf").fields
     values = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("pre", "add_bos_token", "eot_token_id")}
     assert values == {"pre": "gpt-2", "add_bos_token": False, "eot_token_id": 2}
@@ -102,6 +104,21 @@ def test_a_file_of_four_bits_keeps_its_embedding_in_eight(tmp_path: Path) -> Non
     assert kinds["blk.0.attn_q.weight"] == "Q4_1"
     assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 are no whole blocks of 32
     assert kinds["blk.0.attn_q.bias"] == kinds["output_norm.weight"] == "F32"
+
+
+def test_a_template_gets_no_start_token_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tokenizer = with_chat_template(tiny_tokenizer())
+    for bos, start in ((None, ""), ("<turn>", "<turn>")):
+        tokenizer.bos_token = bos
+        write_gguf(tiny_llama(), tokenizer, tmp_path / "net.gguf")
+        template = GGUFReader(tmp_path / "net.gguf").fields["tokenizer.chat_template"].contents()
+        chat = [{"role": "user", "content": "Who?"}]
+        other = tiny_tokenizer()
+        other.bos_token = "<turn>"  # what a program that reads the file takes for one
+        rendered = other.apply_chat_template(chat, tokenize=False, chat_template=template)
+        assert rendered == f"{start}User:\nWho?\n"
 
 
 def test_an_adapter_is_merged_into_the_file(tmp_path: Path) -> None:
