@@ -120,9 +120,10 @@ class Checkpoint(ModelCheckpoint):
         if trainer.ckpt_path is None:
             return
         self._last_global_step_saved = trainer.global_step
+        self._remove_old(trainer)  # the crash may have come between saving and this
         resumed_from = Path(trainer.ckpt_path).absolute()
         if self._best_step == trainer.global_step and resumed_from.parent == Path(self._path("")).absolute():
-            self._alias(trainer, str(resumed_from), BEST)  # the crash may have come between saving and naming
+            self._alias(trainer, str(resumed_from), BEST)  # or between saving and this
         if not self.file_exists(self._path(BEST), trainer):  # resumed from another run's checkpoint
             self._best_step, self.best_model_score, self.best_model_path = -1, None, ""
 
@@ -247,10 +248,13 @@ class Checkpoint(ModelCheckpoint):
             self._alias(trainer, path, LAST)
         if score is not None:
             self._alias(trainer, path, BEST)
-        while len(self._kept) > self.keep:
-            self._remove_checkpoint(trainer, self._path(self._kept.pop(0)))
+        self._remove_old(trainer)
         if self._afterwards is not None:
             self._afterwards(Path(path))
+
+    def _remove_old(self, trainer: Trainer) -> None:
+        while len(self._kept) > self.keep:
+            self._remove_checkpoint(trainer, self._path(self._kept.pop(0)))
 
     def _alias(self, trainer: Trainer, path: str, name: str) -> None:
         if trainer.is_global_zero:

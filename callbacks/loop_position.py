@@ -57,10 +57,8 @@ def record_position(trainer: Trainer, state: dict[str, Any]) -> None:
     closed = epochs["current"]["processed"] == epochs["current"]["started"]
     awaiting_validation = not closed and _before_or_in_validation(trainer, state)
     validation = not closed and validation_due(trainer)
-    stepped = int(at_optimizer_step(trainer))
-    logged = state[
-        "epoch_loop.state_dict"
-    ]  # counts optimizer steps, from the moment when an epoch goes on or is closed
+    # Lightning counts a step for the loggers once its validation is over.
+    stepped, logged = int(at_optimizer_step(trainer)), state["epoch_loop.state_dict"]
 
     if done == 0 or (at_last_batch(trainer) and not validation):
         _all_set(epochs, open_epochs=0, finished=0 if closed or done == 0 else 1)
