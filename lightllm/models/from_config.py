@@ -45,7 +45,7 @@ class FromConfig(Network):
         attention: The attention implementation, see `Attention`.
 
     Raises:
-        ValueError: No such architecture, or no such field; the message names the nearest.
+        ValueError: No such architecture, or no such field; the message names the nearest. Or a field's value is none.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class FromConfig(Network):
         self.dtype: Dtype = dtype
         self.attention: Attention = attention
         _check_fields(architecture, self.model_type, self.fields)
+        self._configuration(self.fields)
 
     @property
     @override
@@ -101,7 +102,13 @@ class FromConfig(Network):
                 f"the network {self.architecture!r} takes its vocabulary from the data's tokenizer, and there is none: "
                 "give the datamodule a tokenizer, or `fields: {vocab_size: …}`"
             )
-        return CONFIG_MAPPING[self.model_type](**fields)
+        return self._configuration(fields)
+
+    def _configuration(self, fields: dict[str, Any]) -> PretrainedConfig:
+        try:
+            return CONFIG_MAPPING[self.model_type](**fields)
+        except Exception as error:  # what transformers checks with has errors of its own, which are no ValueError
+            raise ValueError(f"the fields of {self.architecture!r} make no network: {error}") from error
 
 
 def _check_fields(architecture: str, model_type: str, fields: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""Weights that bitsandbytes stores in 4 or 8 bits: kept fit for training, and read back."""
+"""Weights that bitsandbytes stores in 4 or 8 bits: kept fit for training, and read back.
+
+Bitsandbytes and peft take a second to import, so they are where there can be such weights only.
+"""
 
 from __future__ import annotations
 
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
-from peft.utils.integrations import dequantize_module_weight
+import sys
+
 from torch import Tensor, nn
 
 from lightllm.models.module_copy import copy_without_hooks
@@ -22,6 +25,10 @@ def keep_differentiable(network: nn.Module) -> nn.Module:
     Returns:
         The same module.
     """
+    if not _bitsandbytes_in_use():
+        return network
+    from bitsandbytes.nn.modules import Linear4bit
+
     for module in network.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -30,11 +37,22 @@ def keep_differentiable(network: nn.Module) -> nn.Module:
 
 def is_low_bit(layer: nn.Module) -> bool:
     """Tell whether bitsandbytes holds the layer's weight."""
+    if not _bitsandbytes_in_use():
+        return False
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
+
     return isinstance(getattr(layer, "weight", None), (Params4bit, Int8Params))
 
 
 def dequantized_weight(layer: nn.Module) -> Tensor:
     """The weight that a 4- or 8-bit layer multiplies by, `[out, in]` in float32; the layer stays as it is."""
+    from peft.utils.integrations import dequantize_module_weight
+
     own = copy_without_hooks(layer)
     own.state_dict()  # bitsandbytes unpacks what it packed for inference before it saves
     return dequantize_module_weight(own).detach().float()
+
+
+def _bitsandbytes_in_use() -> bool:
+    """Whether anybody has imported it; else nothing is of its classes."""
+    return "bitsandbytes" in sys.modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[
     for transformation in sorted(transformations, key=lambda one: one.kind):
         network = transformation.apply(network)
     if plan.gradient_checkpointing:
-        _checkpoint_gradients(network)
+        checkpoint_gradients(network)
     if plan.compile:
         base = unwrapped(network)
         if isinstance(base, PreTrainedModel) and base.config._attn_implementation == BY_DOCUMENT:
@@ -87,11 +88,19 @@ def _check_causal_network(network: nn.Module) -> None:
     check_head(network)
 
 
-def _checkpoint_gradients(network: nn.Module) -> None:
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Have every block recompute its activations in the backward pass.
+
+    Raises:
+        ValueError: The network is a module of the user's own.
+    """
     base = unwrapped(network)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"gradient_checkpointing works on transformers networks; {type(decoder(network)).__name__} should call "
             "torch.utils.checkpoint itself"
         )
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        # Its new name is not in every transformers that we support.
+        warnings.filterwarnings("ignore", ".gradient_checkpointing_enable. is deprecated", FutureWarning)
+        base.gradient_checkpointing_enable({"use_reentrant": False})

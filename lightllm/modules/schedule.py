@@ -7,11 +7,6 @@ from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.optimization import (
-    get_constant_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_wsd_schedule,
-)
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,13 @@ class Schedule:
         Raises:
             ValueError: The run has no end and this schedule needs one, or it is shorter than warm-up and decay.
         """
+        # These bring peft along, which takes a second, and nobody who asks for help needs it.
+        from transformers.optimization import (
+            get_constant_schedule_with_warmup,
+            get_cosine_with_min_lr_schedule_with_warmup,
+            get_wsd_schedule,
+        )
+
         if total_steps is None:
             if self.needs_total:
                 raise ValueError(
