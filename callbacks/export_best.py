@@ -13,8 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightllm.export import Layout, export
-
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
 
@@ -33,7 +31,10 @@ class ExportBest(Callback):
     """
 
     def __init__(
-        self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min", layout: Layout = "merged"
+        self,
+        monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        layout: Literal["merged", "adapter"] = "merged",
     ) -> None:
         self.monitor = monitor
         self.mode = mode
@@ -70,6 +71,8 @@ class ExportBest(Callback):
         self._best = cost
         if not trainer.is_global_zero:
             return
+        from lightllm.export import export  # with peft, a second, that `lightllm fit --help` has no need of
+
         if pl_module.tokenizer is None:
             raise ValueError("ExportBest needs a tokenizer, and neither the data nor the network has one")
         folder = Path(trainer.default_root_dir) / "export"

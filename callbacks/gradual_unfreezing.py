@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightllm.models.anatomy import blocks, input_embedding
+from lightllm.models.anatomy import blocks, has_adapter, input_embedding
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -86,7 +85,7 @@ class GradualUnfreezing(Callback):
         self, network: nn.Module, make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]
     ) -> Optimizer:
         """Make the optimizer of all layers: each group is cut into one a layer, with the frozen ones added."""
-        if isinstance(network, PeftModel):
+        if has_adapter(network):
             raise ValueError("GradualUnfreezing would train what the adapter leaves alone: take the adapter Frozen")
         layers = layers_from_the_top(network)
         frozen = [[parameter for parameter in layer if not parameter.requires_grad] for layer in layers]

@@ -8,8 +8,9 @@ from copy import copy
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from lightllm.generate.decoding import GREEDY, Decoding, generation_settings
+from lightllm.generate.decoding import GREEDY, Decoding
 from lightllm.generate.prompt import Prompt, encode_prompt, incremental_text
+from lightllm.generate.settings import generation_settings
 
 if TYPE_CHECKING:
     from peft import PromptLearningConfig

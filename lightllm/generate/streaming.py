@@ -9,8 +9,9 @@ from contextlib import closing
 from typing import TYPE_CHECKING, cast
 
 from lightllm.generate.batches import call_generate, check_generates, num_new_tokens
-from lightllm.generate.decoding import GREEDY, Decoding, generation_settings
+from lightllm.generate.decoding import GREEDY, Decoding
 from lightllm.generate.prompt import Prompt, encode_prompt, incremental_text
+from lightllm.generate.settings import generation_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
