@@ -156,6 +156,8 @@ class DocumentData(LightningDataModule, ABC):
         for split in self._splits():
             self._report(split)
             self._make_loader(split, assembly)
+        if stage == "fit" and self.trainer is not None and "val" not in self._loaders:
+            self.trainer.limit_val_batches = 0  # Lightning takes no empty list of loaders for "there are none"
 
     @property
     def num_train_batches(self) -> int | None:
@@ -241,7 +243,6 @@ class DocumentData(LightningDataModule, ABC):
         return splits_to_read(self.trainer, has_val, self.test is not None)
 
     def _origin_of(self, split: str) -> str:
-        """The split whose source a split is read from."""
         return "train" if split == "val" and self.val is None else split
 
     def _is_streamed(self, split: str) -> bool:
@@ -292,7 +293,6 @@ class DocumentData(LightningDataModule, ABC):
 
     @rank_zero_only
     def _report(self, split: str) -> None:
-        """Have the hook say how a split's rows are read."""
         first = first_good_row(self._sources(split), self.encode)
         if first is not None and self._origin_of(split) == split:
             store = None if self._is_streamed(split) else self._store(split).encoded

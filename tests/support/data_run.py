@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from chat_tokenizer import byte_tokenizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
 from lightllm.datamodules import Batches, Reading, TextData
+
+Result = TypeVar("Result")
 
 Print = tuple[tuple[int, ...], tuple[int, ...]]
 """What a batch is known by: its tokens and its documents."""
@@ -87,6 +93,7 @@ class NotingBatches(LightningModule):
     @override
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         self.num_validated += 1
+        self.log("val/loss", 0.0, batch_size=1)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -125,10 +132,40 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         callbacks=list(callbacks),
         num_sanity_val_steps=0,
         **fields,
     )
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return module.seen
+
+
+def in_two_processes(function: Callable[[int], Result]) -> list[Result]:
+    """What a function of the rank returns in each of two processes, which Lightning finds to be a group.
+
+    They are forks of this one, so that nothing has to be imported again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+
+    def work(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        os.environ["LOCAL_RANK"] = str(rank)
+        results.put((rank, function(rank)))
+        torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=120) for _ in processes)
+        for process in processes:
+            process.join(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    return [found[rank] for rank in range(2)]
