@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills
 
 EPOCHS = {"max_epochs": 2}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "full": (10, {"trainer": {**EPOCHS, "val_check_interval": 5}}),
+    "full": (12, {"trainer": {**EPOCHS, "val_check_interval": 5}}),
     "full-workers-accumulate": (4, {"workers": 2, "trainer": {**EPOCHS, "accumulate_grad_batches": 2}}),
     "full-streaming": (4, {"streaming": True, "trainer": {"max_epochs": -1, "max_steps": 24}}),
     "full-streaming-workers": (3, {"streaming": True, "workers": 2, "trainer": {"max_epochs": -1, "max_steps": 24}}),
@@ -80,16 +80,17 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path: Path, material: Path
     recipe.finish(tmp_path / "whole")
     steps = logged_steps(tmp_path / "whole")
     chance, run = random.Random(name), tmp_path / "killed"
-    half_written = 0
-    for number, step in enumerate(sorted(chance.sample(range(steps - 1), kills))):
+    killed = half_written = 0
+    for number, step in enumerate(sorted(chance.sample(range(steps - 4), kills))):
         process = recipe.start(run)
         wait_until_training(process, run, step)
         time.sleep(chance.uniform(0, 0.03))
         if number % 2:
             wait_for_a_half_written_file(run)
-        assert process.is_alive(), "it ended before it was killed"
         kill(process, group=bool(number % 3))
+        killed += process.exitcode == -signal.SIGKILL
         half_written += len(list((run / "checkpoints").glob("*.tmp-*")))
+    assert killed >= kills - 1  # a fast machine may finish before the last
     assert half_written or kills < 10
     recipe.finish(run)
     assert_same_run(run, tmp_path / "whole")

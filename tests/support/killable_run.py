@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -138,7 +139,8 @@ def make_material(folder: Path) -> None:
 def kill(process: BaseProcess, group: bool = False) -> None:
     """SIGKILL, to the process alone or with the workers of its data loader."""
     assert process.pid is not None
-    (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
     process.join()
 
 
