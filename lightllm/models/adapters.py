@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from typing_extensions import override
 
-from lightllm.models.anatomy import blocks, input_embedding
+from lightllm.models.anatomy import OwnNetwork, blocks, input_embedding, transformers_network
 from lightllm.models.network import Dtype, torch_dtype
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Adapter(ABC):
 
     supports_packing: ClassVar[bool] = True
     """Whether rows may hold several documents."""
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    """Whether blocks may be run again in the backward pass."""
 
     @property
     def quantization(self) -> BitsAndBytesConfig | None:
@@ -126,6 +129,12 @@ class _LowRank(Adapter):
         from lightllm.models.lora_linear import LoraLinear
 
         configuration = self._configuration()
+        if isinstance(network, OwnNetwork):
+            # Peft finds a transformers model's head by itself. What attention of torch multiplies by is its output
+            # layer's matrix, past the layer: an update of the layer would have no effect.
+            configuration.exclude_modules = [f"module.{network.head}"] + [
+                name for name, module in network.named_modules() if isinstance(module, NonDynamicallyQuantizableLinear)
+            ]
         if not getattr(network, "is_quantized", False):
             configuration._register_custom_module({nn.Linear: LoraLinear})
         return _peft(network, configuration)
@@ -202,6 +211,7 @@ class Prefix(Adapter):
     """
 
     supports_packing: ClassVar[bool] = False
+    supports_gradient_checkpointing: ClassVar[bool] = False  # which gives up the cache that the prefix is in
 
     def __init__(self, num_tokens: int = 16, projection: bool = False) -> None:
         self.num_tokens = num_tokens
@@ -211,6 +221,7 @@ class Prefix(Adapter):
     def attach(self, network: nn.Module) -> nn.Module:
         from peft import PrefixTuningConfig
 
+        transformers_network(network)
         return _peft(network, PrefixTuningConfig(num_virtual_tokens=self.num_tokens, prefix_projection=self.projection))
 
 
@@ -230,6 +241,7 @@ class PromptTuning(Adapter):
     def attach(self, network: nn.Module) -> nn.Module:
         from peft import PromptTuningConfig
 
+        transformers_network(network)
         return _peft(network, PromptTuningConfig(num_virtual_tokens=self.num_tokens))
 
 
@@ -242,6 +254,8 @@ def _peft(network: nn.Module, configuration: PeftConfig) -> nn.Module:
     with warnings.catch_warnings():
         # It asks whether the network checkpoints its gradients by a name that transformers is retiring.
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        # And it says that it puts right what only it can know: which layers are transposed, as GPT-2's are.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is .Conv1D.")
         adapted = get_peft_model(network, configuration)
     assert isinstance(adapted, nn.Module)
     return adapted

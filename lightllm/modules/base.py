@@ -59,6 +59,9 @@ class LanguageModule(LightningModule, ABC):
         gradient_checkpointing: Recompute each block's activations in the backward pass: slower, and memory of one
             block's activations instead of all.
         compile: `torch.compile` each block.
+
+    Raises:
+        ValueError: The adapter does not work with gradient checkpointing.
     """
 
     task: ClassVar[Task] = "causal"
@@ -76,6 +79,8 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         adapter = adapter or Full()
+        if gradient_checkpointing and not adapter.supports_gradient_checkpointing:
+            raise ValueError(f"{type(adapter).__name__} does not work with gradient_checkpointing: leave it off")
         self.plan = BuildPlan(network, adapter, self.task, gradient_checkpointing, compile)
         self.optimizer = optimizer
         self.schedule = schedule or Schedule()
