@@ -1,16 +1,20 @@
 """Losses: pure functions of tensors that know neither network nor trainer."""
 
 from lightllm.losses.cross_entropy import linear_cross_entropy
+from lightllm.losses.divergence import Divergence, LogitTerms, linear_divergence
 from lightllm.losses.log_probabilities import linear_log_probabilities
 from lightllm.losses.preference import dpo_loss, implicit_rewards, ipo_loss
 from lightllm.losses.token_statistics import TokenStatistics, linear_token_statistics
 
 __all__ = [
+    "Divergence",
+    "LogitTerms",
     "TokenStatistics",
     "dpo_loss",
     "implicit_rewards",
     "ipo_loss",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_log_probabilities",
     "linear_token_statistics",
 ]

@@ -57,7 +57,7 @@ def position_losses(
         options = LogitOptions(softcap, logit_scale, ignore_index, chunk_tokens, dtype)
         logits = TargetLogits(hidden, weight, bias, labels, options, needs_weight)
         needed = zip((hidden, weight, bias), (needs_hidden, needs_weight, needs_bias), strict=True)
-        sums = _GradientSums(logits, *(tensor if needs else None for tensor, needs in needed))
+        sums = GradientSums(logits, *(tensor if needs else None for tensor, needs in needed))
         target_factors = None if factors is None else factors.reshape(-1)[logits.positions]
         terms = _Terms(label_smoothing, z_loss, target_factors)
         losses = hidden.new_zeros(labels.shape, dtype=softmax_dtype(dtype))
@@ -71,7 +71,20 @@ def position_losses(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, needs_hidden, needs_weight, needs_bias = options[-4:]
+    return empty_results(hidden, weight, bias, labels, *options[-4:])
+
+
+def empty_results(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the operator returns, not filled in; the arguments are the operator's."""
     return (
         hidden.new_empty(labels.shape, dtype=softmax_dtype(dtype)),
         hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0, dtype=dtype),
@@ -98,7 +111,7 @@ def refuse_second_derivative(function: str) -> None:
         )
 
 
-def _walk_blocks(logits: TargetLogits, chunk: slice, product: Tensor, terms: _Terms, sums: _GradientSums) -> Tensor:
+def _walk_blocks(logits: TargetLogits, chunk: slice, product: Tensor, terms: _Terms, sums: GradientSums) -> Tensor:
     """Return the losses `[chunk]`; where gradients are needed, turn the product into the gradient by the product.
 
     Args:
@@ -159,7 +172,7 @@ class _Terms(NamedTuple):
         return probabilities
 
 
-class _GradientSums:
+class GradientSums:
     """The gradients of hidden states, weight and bias, summed over chunks.
 
     The weight's gradient is summed in its own dtype where there is one chunk, and in float32 where there are several,
