@@ -286,7 +286,7 @@ class DocumentData(LightningDataModule, ABC):
         self.statistics[split] = measure(documents, batches.plan(0))
         rank_zero_info(f"{split}: {self.statistics[split].describe(self.max_length)}")
         if split == "train":
-            content = f"{len(documents)} of {documents.store.name}"
+            content = f"{len(documents)} documents of {documents.store.digest[:16]}"
             self._loaders[split] = assembly.training_loader(batches, content)
         else:
             self._loaders[split] = EvaluationLoader(batches)

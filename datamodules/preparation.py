@@ -73,7 +73,6 @@ def prepare_store(
     Raises:
         ValueError: There are bad rows, and they are not to be skipped.
     """
-
     names = [source.name for source in sources]
 
     def fill(folder: Path) -> None:

@@ -10,6 +10,7 @@ meta.json         the numbers of rows, and the bad ones among them
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -57,12 +58,16 @@ class TokenStore:
         encoded: The arrays.
         source_names: What origins call each source.
         folder: Where the arrays are mapped from, if they are.
+        digest: A digest of tokens and targets, if they are mapped.
     """
 
-    def __init__(self, encoded: EncodedRows, source_names: Sequence[str], folder: Path | None = None) -> None:
+    def __init__(
+        self, encoded: EncodedRows, source_names: Sequence[str], folder: Path | None = None, digest: str = ""
+    ) -> None:
         self.encoded = encoded
         self.source_names = list(source_names)
         self.folder = folder
+        self.digest = digest
         self._token_ends = np.cumsum(encoded.lengths)
         self._byte_ends = np.cumsum(-(-encoded.lengths // 8))
 
@@ -81,7 +86,7 @@ class TokenStore:
             num_bad_rows=meta["num_bad_rows"],
             bad_rows=[BadRow(Origin(moved[path], line), reason) for path, line, reason in meta["bad_rows"]],
         )
-        return cls(encoded, source_names, folder)
+        return cls(encoded, source_names, folder, meta["digest"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
@@ -90,11 +95,6 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.encoded.lengths)
-
-    @property
-    def name(self) -> str:
-        """Equal names mean equal documents, if the store is a folder's."""
-        return "memory" if self.folder is None else self.folder.name[:16]
 
     def piece(self, document: int, start: int = 0, length: int | None = None) -> Document:
         """A piece of a document: the tokens at some of its positions, and the one that comes behind.
@@ -128,15 +128,17 @@ def write_store(folder: Path, parts: Iterable[EncodedRows], source_names: Sequen
         source_names: What origins call each source.
         vocabulary: The number of token ids that there are.
     """
-    dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    dtype, digest = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32), hashlib.sha256()
     arrays: dict[str, list[NDArray[np.int64]]] = {"lengths": [], "targets_from": [], "origins": []}
     num_rows, num_bad_rows, bad_rows = 0, 0, list[BadRow]()
     with ExitStack() as stack:
         tokens = stack.enter_context((folder / "tokens.bin").open("wb"))
         targets = stack.enter_context((folder / "targets.bin").open("wb"))
         for part in parts:
-            tokens.write(part.tokens.astype(dtype).tobytes())
-            targets.write(part.target_bits.tobytes())
+            for file, content in ((tokens, part.tokens.astype(dtype)), (targets, part.target_bits)):
+                file.write(content.tobytes())
+                digest.update(content.tobytes())
+            digest.update(part.lengths.tobytes())
             for name, parts_of_array in arrays.items():
                 parts_of_array.append(getattr(part, name))
             num_rows += part.num_rows
@@ -147,6 +149,7 @@ def write_store(folder: Path, parts: Iterable[EncodedRows], source_names: Sequen
         np.save(folder / f"{name}.npy", np.concatenate([empty, *parts_of_array]))
     meta = {
         "dtype": dtype.name,
+        "digest": digest.hexdigest(),
         "sources": list(source_names),
         "num_rows": num_rows,
         "num_bad_rows": num_bad_rows,

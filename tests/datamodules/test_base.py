@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lightllm.batch import Document
 from lightllm.callbacks import Checkpoint, RandomState
-from lightllm.datamodules import Batches, DocumentData, Reading, Row, TextData, TrainTokenizer
+from lightllm.datamodules import Batches, DocumentData, Origin, Reading, Row, TextData, TrainTokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
@@ -164,6 +165,15 @@ def test_validating_a_checkpoint_moves_no_place(tmp_path: Path) -> None:
     trainer.validate(module, used, tmp_path / "on_train_batch_end-2.ckpt", verbose=False, weights_only=True)
     assert module.num_validated == len(used.val_dataloader())
     assert fit(used, max_epochs=1) == whole
+
+
+def test_data_goes_to_a_worker_without_its_trainer(tmp_path: Path) -> None:
+    data = text_data(tmp_path)
+    fit(data, max_epochs=1)
+    again = pickle.loads(pickle.dumps(data))
+    assert again.trainer is None
+    row = Row({"text": "abc"}, Origin("f", 1))
+    assert again.encode(row) == data.encode(row)
 
 
 def test_stages_get_their_documents(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_without_reshuffling_all_epochs_are_the_first(tmp_path: Path) -> None:
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"batches": Batches(tokens=64)}, "batches.tokens was 128 and is 64"),
         ({"batches": Batches("sorted", tokens=128)}, "batches.mode was 'packed' and is 'sorted'"),
-        ({"reading": {"limit": 30}}, "documents was '46 of .*' and is '30 of .*'"),
+        ({"reading": {"limit": 30}}, "documents was '46 documents of .*' and is '30 documents of .*'"),
     ],
 )
 def test_a_place_in_other_batches_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

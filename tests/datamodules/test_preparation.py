@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
+from data_run import in_two_processes
 
 from lightllm.batch import Document
 from lightllm.datamodules.preparation import SHOWN, Reading, first_good_row, prepare_store
@@ -51,6 +53,28 @@ def test_rows_are_tokenised_once_for_the_same_content_and_settings(tmp_path: Pat
     found = prepare_store("train", [FileSource(str(moved))], encoder, "settings", reading)
     assert encode.count == 6
     assert str(found.origin(0)) == f"{moved}:1"
+
+
+def test_two_runs_that_start_together_tokenise_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def encode(row: Row) -> list[Document]:
+        with log.open("a") as file:
+            file.write(f"{row.origin.line}\n")
+        time.sleep(0.02)
+        return [Document([1, row.origin.line], [True, True])]
+
+    files = sources(tmp_path, *['{"text": "x"}'] * 20)
+
+    def prepare(rank: int) -> tuple[str, list[int]]:
+        reading = Reading(cache=str(tmp_path / "cache"))
+        store = prepare_store("train", list(files), RowEncoder(encode, 1, 256), "", reading)
+        return str(store.folder), store.encoded.tokens.tolist()
+
+    first, second = in_two_processes(prepare)
+    assert first == second
+    assert len(first[1]) == 40
+    assert log.read_text().splitlines() == [str(line) for line in range(1, 21)]
 
 
 def test_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,18 @@ def test_store_goes_to_another_process_as_its_folder(store: TokenStore) -> None:
     assert torch.equal(torch.as_tensor(again.piece(5).input_ids), torch.as_tensor(store.piece(5).input_ids))
     if store.folder is not None:
         assert len(pickled) < 500
-        assert store.name == store.folder.name[:16]
+        assert again.digest == store.digest
+
+
+def test_digest_is_that_of_tokens_and_targets(tmp_path: Path) -> None:
+    digests = []
+    for index, (tokens, target, names) in enumerate([(5, True, "a"), (5, True, "b"), (6, True, "a"), (5, False, "a")]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        write_store(folder, [encoded([Document([1, tokens], [True, target])])], [names, "c"], 100)
+        digests.append(TokenStore.open(folder, [names, "c"]).digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import socket
@@ -125,7 +124,6 @@ def fit(
     **fields: Any,
 ) -> list[Print]:
     """Train, and return the batches that were seen."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = module or NotingBatches()
     trainer = Trainer(
         accelerator="cpu",
@@ -156,7 +154,8 @@ def in_two_processes(function: Callable[[int], Result]) -> list[Result]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
         os.environ["LOCAL_RANK"] = str(rank)
         results.put((rank, function(rank)))
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in processes:
