@@ -18,7 +18,7 @@ _LLAMA = {"model_type": "llama", "rope_theta": 10_000.0, "max_position_embedding
 
 NAMED_SIZES: dict[str, dict[str, Any]] = {
     "llama-1m": _LLAMA
-    | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
+    | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4},
     "llama-10m": _LLAMA
     | {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "num_attention_heads": 5},
     "llama-30m": _LLAMA

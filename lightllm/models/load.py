@@ -83,7 +83,7 @@ def resolve_checkpoint(name: str) -> str:
         name: A Hugging Face folder, a hub id, a GGUF file, or a key of `PACKAGED_MODELS`.
 
     Raises:
-        ValueError: See `check_checkpoint_name`.
+        ValueError: See `check_checkpoint_name`; or a GGUF file cannot be read.
     """
     check_checkpoint_name(name)
     if name in PACKAGED_MODELS:
@@ -152,6 +152,8 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
         os.replace(unfinished, folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read a network from {str(file)!r}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         transformers_logging.set_verbosity(verbosity)

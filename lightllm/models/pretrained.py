@@ -77,6 +77,12 @@ class Pretrained(Network):
     @override
     def build(self, request: BuildRequest) -> nn.Module:
         checkpoint = resolve_checkpoint(self.name)
+        try:
+            return self._load(checkpoint, request)
+        except OSError as error:
+            raise ValueError(f"cannot load {self.name!r}: {error}") from error
+
+    def _load(self, checkpoint: str, request: BuildRequest) -> nn.Module:
         config = AutoConfig.from_pretrained(
             checkpoint, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
