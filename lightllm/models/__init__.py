@@ -3,6 +3,7 @@
 from lightllm.models.adapters import Adapter, DoRA, Frozen, Full, LoRA, Prefix, PromptTuning, QLoRA, RsLoRA
 from lightllm.models.from_config import FromConfig
 from lightllm.models.from_module import FromModule
+from lightllm.models.layer_subset import EveryNthLayer
 from lightllm.models.load import load_tokenizer, resolve_checkpoint
 from lightllm.models.network import BuildRequest, Network
 from lightllm.models.pretrained import Pretrained
@@ -11,6 +12,7 @@ __all__ = [
     "Adapter",
     "BuildRequest",
     "DoRA",
+    "EveryNthLayer",
     "FromConfig",
     "FromModule",
     "Frozen",
