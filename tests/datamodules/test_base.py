@@ -3,15 +3,19 @@ from __future__ import annotations
 import pickle
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_tokenizer import byte_tokenizer
 from data_run import NotingBatches, Print, SaveIn, fit, in_two_processes, ready, targets, text_data, write_rows
 from lightning.pytorch import Callback, Trainer
+from tiny_networks import tiny_llama
+from torch.nn.functional import cross_entropy
 
-from lightllm.batch import Document
+from lightllm.batch import Document, TextBatch, pad_documents
 from lightllm.callbacks import Checkpoint, RandomState
 from lightllm.datamodules import Batches, DocumentData, Origin, Reading, Row, TextData, TrainTokenizer
 
@@ -59,6 +63,36 @@ def test_own_data_needs_encode_alone_and_its_attributes_count_in_the_cache(tmp_p
     assert data.train_documents[0].input_ids[0] == 100  # type: ignore[index]
     assert shifted.train_documents[0].input_ids[0] == 101  # type: ignore[index]
     assert len(list((tmp_path / "cache" / "tokens").glob("*/meta.json"))) == 2
+
+
+def test_loss_is_the_same_however_documents_are_batched(tmp_path: Path) -> None:
+    network = tiny_llama(300).eval()
+
+    def loss(batches: Iterable[TextBatch]) -> float:
+        total = 0.0
+        for batch in batches:
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+            with torch.no_grad():
+                logits = network(**inputs, use_cache=False).logits
+            total += float(cross_entropy(logits.flatten(0, 1).double(), batch["labels"].flatten(), reduction="sum"))
+        return total
+
+    ways = [
+        Batches("packed", 128),
+        Batches("sorted", 128),
+        Batches("packed", documents=3),
+        Batches("sorted", documents=3),
+    ]
+    data = [letters(tmp_path, max_length=24, batches=batches) for batches in ways]
+    for one in data:
+        one.prepare_data()
+        one.setup("fit")
+    documents = [
+        pad_documents([data[0].train_documents[i]], None) for i in data[0].train_documents.examples.ravel().tolist()
+    ]
+    alone = loss({name: values[:, :24] for name, values in document.items()} for document in documents)  # type: ignore[misc]
+    assert data[0].statistics["train"].num_truncated > 0
+    assert [loss(one.train_dataloader()) for one in data] == pytest.approx([alone] * len(ways), rel=1e-6)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -158,8 +159,10 @@ def in_two_processes(function: Callable[[int], Result]) -> list[Result]:
             torch.distributed.destroy_process_group()
 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        for process in processes:
+            process.start()
     try:
         found = dict(results.get(timeout=120) for _ in processes)
         for process in processes:
