@@ -8,12 +8,14 @@ from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightllm.callbacks.interruption import Interrupted, Interruption
 from lightllm.callbacks.keep_tokenizer import KeepTokenizer
 from lightllm.callbacks.loss_spike import LossSpike
+from lightllm.callbacks.network_size import NetworkSize
 from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
 from lightllm.callbacks.predictions import Predictions
 from lightllm.callbacks.progress_bar import ProgressBar
 from lightllm.callbacks.random_state import RandomState
 from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
+from lightllm.callbacks.shared_run_folder import SharedRunFolder
 from lightllm.callbacks.throughput import Throughput
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Interruption",
     "KeepTokenizer",
     "LossSpike",
+    "NetworkSize",
     "NonFiniteLoss",
     "NonFiniteLossError",
     "Predictions",
@@ -33,5 +36,6 @@ __all__ = [
     "RandomState",
     "RewindMetrics",
     "SampleGenerations",
+    "SharedRunFolder",
     "Throughput",
 ]

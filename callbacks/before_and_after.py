@@ -55,18 +55,11 @@ class BeforeAndAfter(Callback):
 
     def _observe(self, trainer: Trainer, module: LanguageModule) -> dict[str, Any]:
         """The validation metrics and an answer to each prompt."""
-        loader = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-        metrics = module.new_metrics().to(module.device)
-        kept, module.metrics = module.metrics, metrics
-        with torch.random.fork_rng(), inference(module), trainer.precision_plugin.val_step_context():
-            for batch in loader:
-                module.measure(trainer.strategy.batch_to_device(batch))
-        module.metrics = kept
         answers: list[str] = []
         if self.prompts:
-            assert module.tokenizer is not None
+            assert module.tokenizer is not None, "prompts need a tokenizer"
             answers = generate(module.built_network, module.tokenizer, self.prompts, self.decoding)
-        return {"metrics": {name: float(value) for name, value in metrics.compute().items()}, "answers": answers}
+        return {"metrics": _measured(trainer, module), "answers": answers}
 
     @rank_zero_only
     def _report(self, trainer: Trainer, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -78,11 +71,27 @@ class BeforeAndAfter(Callback):
         for name, value in before["metrics"].items():
             new = after["metrics"][name]
             numbers.add_row(name, f"{value:.3f}", f"{new:.3f}", f"{new - value:+.3f}")
-        console.print(numbers)
+        if before["metrics"]:
+            console.print(numbers)
         for prompt, *answers in zip(prompts, before["answers"], after["answers"], strict=True):
             console.print(f"\n[bold]{_escaped(prompt)}[/]")
             for when, answer in zip(("before", "after "), answers, strict=True):
                 console.print(f"  [cyan]{when}[/] {_escaped(answer.strip())}")
+
+
+def _measured(trainer: Trainer, module: LanguageModule) -> dict[str, float]:
+    """The metrics of the whole validation data, beside those that the module is counting; empty without such data."""
+    loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+    metrics = module.new_metrics().to(module.device)
+    kept, module.metrics = module.metrics, metrics
+    num_batches = 0
+    with torch.random.fork_rng(), inference(module), trainer.precision_plugin.val_step_context():
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            for batch in loader:
+                module.measure(trainer.strategy.batch_to_device(batch))
+                num_batches += 1
+    module.metrics = kept
+    return {name: float(value) for name, value in metrics.compute().items()} if num_batches else {}
 
 
 def _escaped(text: str) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-CHOSEN_RUN = "LIGHTLLM_RUN"
-"""Environment variable by which the ranks that a run starts learn which folder the first one chose."""
-
 
 class RunFolder:
     """One run on disk.
 
-        config.yaml     the whole resolved configuration
-        metrics.csv     one row a logged step
-        samples.jsonl   generations during validation
-        tokenizer/      the data's tokenizer
-        checkpoints/    step=….ckpt, best.ckpt, last.ckpt
-        export/         the last export, a Hugging Face folder
+        config.yaml         the whole resolved configuration
+        metrics.csv         one row a logged step
+        samples.jsonl       generations during validation
+        predictions.jsonl   what `lightllm predict` found
+        tokenizer/          the data's tokenizer
+        checkpoints/        step=….ckpt, best.ckpt, last.ckpt
+        export/             the last export, a Hugging Face folder
 
     Args:
         path: The folder; it need not exist yet.
@@ -33,6 +31,16 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The table of metrics."""
+        return self.path / "metrics.csv"
+
+    @property
+    def predictions(self) -> Path:
+        """What `predict` writes."""
+        return self.path / "predictions.jsonl"
 
     @property
     def tokenizer(self) -> Path:
@@ -52,7 +60,24 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.is_file()
+        return self.config.is_file() and self.config.stat().st_size > 0
+
+    def claim(self) -> bool:
+        """Make the folder a run's, with a configuration that is still empty; False if it is one already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.config.open("x").close()
+        except FileExistsError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Make the folder no run's, unless something was trained: what was refused at the start leaves no trace."""
+        if self.metrics.exists() or self.checkpoints.exists():
+            return
+        self.config.unlink(missing_ok=True)
+        with suppress(OSError):  # there is something else in it, which stays
+            self.path.rmdir()
 
     def require(self) -> RunFolder:
         """Itself.
@@ -79,6 +104,18 @@ class RunFolder:
         best = self.checkpoints / "best.ckpt"
         return best if best.is_file() else self.newest_checkpoint()
 
+    def checkpoint(self, which: str) -> Path:
+        """A checkpoint by name: `best`, `newest`, or a file.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if which in ("best", "newest"):
+            return self.best_checkpoint() if which == "best" else self.newest_checkpoint()
+        if not Path(which).exists():
+            raise ValueError(f"no checkpoint {which!r}: give best, newest or a file in {str(self.checkpoints)!r}")
+        return Path(which)
+
     def newest_checkpoint(self) -> Path:
         """The newest complete checkpoint.
 
@@ -93,16 +130,10 @@ class RunFolder:
         return found
 
 
-def choose_run(wanted: str) -> RunFolder:
-    """The folder of a new run: `wanted`, or `wanted-2`, `wanted-3`, … where a run was begun there before.
-
-    The choice is kept in the environment, so that further ranks, which start later, use the same folder.
-    """
-    if CHOSEN_RUN in os.environ:
-        return RunFolder(os.environ[CHOSEN_RUN])
+def claim_run(wanted: str) -> RunFolder:
+    """The folder of a new run: `wanted`, or `wanted-2`, `wanted-3`, … where a run was begun there before."""
     run, number = RunFolder(wanted), 1
-    while run.exists:
+    while not run.claim():
         number += 1
         run = RunFolder(f"{wanted}-{number}")
-    os.environ[CHOSEN_RUN] = str(run.path)
     return run

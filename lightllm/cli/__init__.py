@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -22,8 +23,8 @@ VERBS = {
     "fit": Verb("lightllm.cli.training", "train: pretrain, fine-tune, tune to preferences; --resume goes on"),
     "validate": Verb("lightllm.cli.training", "measure a run on its validation data"),
     "test": Verb("lightllm.cli.training", "measure a run on its test data"),
-    "predict": Verb("lightllm.cli.training", "write each row's loss or generation as JSON lines"),
-    "generate": Verb("lightllm.cli.plain", "continue prompts with a run's or an exported model"),
+    "predict": Verb("lightllm.cli.training", "write each document's loss or generation as JSON lines"),
+    "generate": Verb("lightllm.cli.plain", "continue a prompt with a run's or an exported model"),
     "chat": Verb("lightllm.cli.plain", "talk to a run's or an exported model in the terminal"),
     "export": Verb("lightllm.cli.plain", "write a run as a Hugging Face folder, an adapter or a GGUF file"),
     "configs": Verb("lightllm.cli.plain", "list the shipped configurations, or copy one"),
@@ -47,8 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         print(f"lightllm: no verb {name!r}{hint}\n\n{_help()}", file=sys.stderr)
         return 2
+    from lightllm.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    _find_own_parts()
     run: Callable[[str, list[str]], int] = importlib.import_module(VERBS[name].module).main
     return run(name, arguments[1:])
+
+
+def _find_own_parts() -> None:
+    """Let configurations name classes in the user's own files, by their place below the current folder.
+
+    It comes last on the path: a folder that is called `datasets` is not to hide the library.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def _help() -> str:
@@ -62,6 +76,6 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "First run:  lightllm fit --config configs/finetune/lora.yaml",
+            "First run:  lightllm fit --config finetune/quickstart.yaml",
         ]
     )

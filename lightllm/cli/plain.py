@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -19,16 +20,36 @@ Format = Literal["merged", "adapter", "gguf"]
 
 def main(verb: str, arguments: list[str]) -> int:
     """Run one of the plain verbs; the exit status."""
-    functions: dict[str, Callable[..., int]] = {
-        "generate": generate,
-        "chat": chat,
-        "export": export,
-        "configs": configs,
-    }
-    parser = ArgumentParser(prog=f"lightllm {verb}", description=(functions[verb].__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(functions[verb], as_positional=True)
-    values = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
-    return run_explained(f"lightllm {verb}", lambda: functions[verb](**values))
+    function = VERBS[verb]
+    return run_explained(f"lightllm {verb}", lambda: function(**parse(function, arguments)))
+
+
+def parse(function: Callable[..., int], arguments: list[str]) -> dict[str, Any]:
+    """The arguments of a verb's function.
+
+    Raises:
+        ValueError: One is missing, unknown or of another type.
+    """
+    verb = function.__name__
+    parser = ArgumentParser(
+        prog=f"lightllm {verb}",
+        usage=f"lightllm {verb} {USAGE[verb]}",
+        description=(function.__doc__ or "").splitlines()[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    names = parser.add_function_arguments(function, as_positional=True, skip={"as_chat", "name"})
+    if verb == "generate":
+        parser.add_argument("--as_chat", action="store_true", help="Put the prompt into the model's chat template.")
+    if verb == "configs":
+        parser.add_argument("name", nargs="?", type=str, help="Which to copy; all are listed without it.")
+    try:
+        return dict(parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
+    except argparse.ArgumentError as error:
+        from lightllm.cli.explain import explain
+
+        options = [option.removeprefix("--") for option in parser._option_string_actions]
+        raise ValueError(f"{explain(str(error), [*names, *options])}\nusage: {parser.usage}") from error
 
 
 def generate(
@@ -43,7 +64,7 @@ def generate(
     Args:
         model: A run folder, a Hugging Face folder, a hub id, a GGUF file or a packaged model.
         prompt: The text; `-` reads it from standard input.
-        as_chat: Put the prompt as a user's turn into the model's chat template.
+        as_chat: Put the prompt as a user's turn into the model's chat template, and print the answer alone.
         checkpoint: Of a run: best, newest or a file.
         decoding: How tokens are chosen.
     """
@@ -142,3 +163,13 @@ def configs(name: str | None = None, to: str = ".") -> int:
         return 0
     print(shipped.copy_config(name, Path(to)))
     return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {"generate": generate, "chat": chat, "export": export, "configs": configs}
+
+USAGE = {
+    "generate": "MODEL PROMPT [--as_chat] [--decoding.temperature 0.8 …]",
+    "chat": "MODEL [--system TEXT] [--decoding.temperature 0.8 …]",
+    "export": "MODEL [--to PATH] [--format merged | adapter | gguf]",
+    "configs": "[NAME [--to PATH]]",
+}

@@ -33,44 +33,51 @@ def load(model: str, checkpoint: str = "best") -> Loaded:
     Raises:
         ValueError: Nothing of this name, or the run has no such checkpoint.
     """
-    from lightllm.models import BuildRequest, Pretrained, load_tokenizer
-
     run = RunFolder(model)
     if run.exists:
-        module = rebuild(run, checkpoint)
+        file = run.checkpoint(checkpoint)  # before anything is built
+        module = rebuild(run)
+        restore(module, file)
         assert module.tokenizer is not None
         return Loaded(module.built_network.eval(), module.tokenizer, module.tokenizer_source)
+    from lightllm.models import BuildRequest, Pretrained, load_tokenizer
+
     network = Pretrained(model, attention="sdpa")
     tokenizer = load_tokenizer(model)
     return Loaded(network.build(BuildRequest("causal", tokenizer)).eval(), tokenizer, model)
 
 
-def rebuild(run: RunFolder, checkpoint: str = "best") -> LanguageModule:
-    """The run's objective with its network as it was trained: the configuration read again, the weights loaded.
+def rebuild(run: RunFolder) -> LanguageModule:
+    """The run's objective with its network built as it was for training: the configuration is read again.
 
     Raises:
-        ValueError: The run's model is not a `LanguageModule`, or there is no such checkpoint.
+        ValueError: The run's model is not a `LanguageModule`.
     """
-    import torch
     from jsonargparse import ArgumentParser
-    from lightning.pytorch import LightningModule
 
     from lightllm.models import load_tokenizer
     from lightllm.modules import LanguageModule
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    parser.add_subclass_arguments(LanguageModule, "model", required=True)
     module = parser.instantiate_classes(parser.parse_object({"model": run.read_config()["model"]})).model
-    if not isinstance(module, LanguageModule):
-        raise ValueError(f"the run's model is a {type(module).__name__}, not a lightllm.modules.LanguageModule")
+    assert isinstance(module, LanguageModule)
     if run.tokenizer.is_dir():
         module.tokenizer = load_tokenizer(str(run.tokenizer))
+    # Compiling is for thousands of steps, and recomputing for backward passes.
+    module.plan = module.plan._replace(compile=False, gradient_checkpointing=False)
     module.configure_model()
-    files = {"best": run.best_checkpoint, "newest": run.newest_checkpoint}
-    file = files[checkpoint]() if checkpoint in files else Path(checkpoint)
-    if not file.is_file():
-        raise ValueError(f"no checkpoint {str(file)!r}: give best, newest or a file in {str(run.checkpoints)!r}")
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return module
+
+
+def restore(module: LanguageModule, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into a module whose network is built.
+
+    Raises:
+        ValueError: The checkpoint is of another network.
+    """
+    import torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
-    return module

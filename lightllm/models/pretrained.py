@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,6 +23,7 @@ from lightllm.models.document_attention import implementation_for
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
 from lightllm.models.low_bit import keep_differentiable
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
+from lightllm.models.progress import no_progress_bars
 
 AUTO_CLASSES: dict[Task, type] = {
     "causal": AutoModelForCausalLM,
@@ -89,14 +93,16 @@ class Pretrained(Network):
         architecture = architecture_for(config, request.task)
         if request.task == "causal":
             _refuse_encoder(self.name, config, architecture)
-        network = AUTO_CLASSES[request.task].from_pretrained(  # type: ignore[attr-defined]
-            checkpoint,
-            dtype=torch_dtype(self.dtype),
-            attn_implementation=implementation_for(self.attention, architecture),
-            quantization_config=request.quantization,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        # What is downloaded shows how far it is; what is read from the disk takes a moment.
+        with no_progress_bars() if Path(checkpoint).is_dir() else nullcontext():
+            network = AUTO_CLASSES[request.task].from_pretrained(  # type: ignore[attr-defined]
+                checkpoint,
+                dtype=torch_dtype(self.dtype),
+                attn_implementation=implementation_for(self.attention, architecture),
+                quantization_config=request.quantization,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
         assert isinstance(network, nn.Module)
         return keep_differentiable(network)
 
