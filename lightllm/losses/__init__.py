@@ -2,6 +2,7 @@
 
 from lightllm.losses.cross_entropy import linear_cross_entropy
 from lightllm.losses.divergence import Divergence, LogitTerms, linear_divergence
+from lightllm.losses.features import attention_relations, hidden_cosine, hidden_mse
 from lightllm.losses.log_probabilities import linear_log_probabilities
 from lightllm.losses.preference import dpo_loss, implicit_rewards, ipo_loss
 from lightllm.losses.token_statistics import TokenStatistics, linear_token_statistics
@@ -10,7 +11,10 @@ __all__ = [
     "Divergence",
     "LogitTerms",
     "TokenStatistics",
+    "attention_relations",
     "dpo_loss",
+    "hidden_cosine",
+    "hidden_mse",
     "implicit_rewards",
     "ipo_loss",
     "linear_cross_entropy",
