@@ -21,7 +21,6 @@ import yaml
 from killable_run import Recipe, kill, logged_steps, make_material, wait_until_training
 
 from lightllm.checkpoint_io import newest_checkpoint
-from lightllm.runs import CHOSEN_RUN
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
 
@@ -90,7 +89,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path: Path, material: Path
         kill(process, group=bool(number % 3))
         killed += process.exitcode == -signal.SIGKILL
         half_written += len(list((run / "checkpoints").glob("*.tmp-*")))
-    assert killed >= kills - 1  # a fast machine may finish before the last
+    assert killed >= kills - 2  # a run may end before this process gets its turn to kill it
     assert half_written or kills < 10
     recipe.finish(run)
     assert_same_run(run, tmp_path / "whole")
@@ -171,7 +170,6 @@ def command(*arguments: str) -> BaseProcess:
     from lightllm.cli import main
 
     def run() -> None:
-        os.environ.pop(CHOSEN_RUN, None)
         warnings.simplefilter("ignore")  # as for a user: pytest makes errors of what libraries retire
         sys.exit(main(["fit", *arguments]))
 

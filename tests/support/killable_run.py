@@ -19,8 +19,9 @@ import peft  # noqa: F401  (here rather than in each of the processes that are f
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from tiny_networks import TEXT, tiny_llama, tiny_tokenizer
+from typing_extensions import override
 
 from lightllm.callbacks import Checkpoint, Interruption, NonFiniteLoss, RandomState, RewindMetrics
 from lightllm.checkpoint_io import newest_checkpoint
@@ -28,6 +29,14 @@ from lightllm.datamodules import Batches, Reading, TextData
 from lightllm.loggers import RunCSVLogger
 from lightllm.models import FromConfig, LoRA, Pretrained
 from lightllm.modules import CausalPretraining, FineTuning, LanguageModule
+
+
+class Pace(Callback):
+    """Takes a little time at every batch, so that a run does not end before it can be killed."""
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Recipe:
                 Interruption(),
                 NonFiniteLoss(),
                 Checkpoint(every_n_train_steps=1),
+                Pace(),
             ],
             log_every_n_steps=1,
             enable_progress_bar=False,
