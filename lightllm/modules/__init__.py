@@ -3,15 +3,20 @@
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.build import Transformation, TransformationKind
 from lightllm.modules.causal import CausalPretraining, FineTuning
+from lightllm.modules.distillation import Distillation
+from lightllm.modules.inner_losses import HiddenStateLoss, RelationLoss
 from lightllm.modules.preference import PreferenceTuning
 from lightllm.modules.schedule import Schedule
 
 __all__ = [
     "CausalPretraining",
+    "Distillation",
     "FineTuning",
+    "HiddenStateLoss",
     "LanguageModule",
     "Loss",
     "PreferenceTuning",
+    "RelationLoss",
     "Schedule",
     "Transformation",
     "TransformationKind",

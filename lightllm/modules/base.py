@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -177,8 +179,7 @@ class LanguageModule(LightningModule, ABC):
         total = self.trainer.strategy.reduce(self._step, reduce_op="sum") if self.trainer.world_size > 1 else self._step
         # The gradients are a mean over ranks of sums over micro-batches: this makes them the mean over all targets.
         factor = _LOSS_UNIT * self.trainer.world_size / total[1].clamp(min=1)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor.to(torch.float32))
+        scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor.to(torch.float32))
         self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
         self._step = torch.zeros_like(self._step)
 
@@ -211,8 +212,12 @@ class LanguageModule(LightningModule, ABC):
 
     def measure(self, batch: TextBatch) -> None:
         """Add a batch of validation or test to `self.metrics`."""
+        self.measure_tokens(self(batch), batch)
+
+    def measure_tokens(self, hidden: Tensor, batch: TextBatch) -> None:
+        """Add a batch's token metrics, from its hidden states `[batch, seq, hidden]`."""
         head = output_head(self.built_network)
-        statistics = linear_token_statistics(self(batch), labels=batch["labels"], **head._asdict())
+        statistics = linear_token_statistics(hidden, labels=batch["labels"], **head._asdict())
         targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
         self.metrics.update(*statistics, self._token_bytes()[targets].sum())
 
@@ -236,7 +241,9 @@ class LanguageModule(LightningModule, ABC):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self))
-        scheduler = self.schedule.scheduler(optimizer, total_optimizer_steps(self.trainer))
+        # Lightning's trial of one step is too short for a warm-up of several, and no reason to refuse it.
+        schedule = Schedule("constant") if self.trainer.fast_dev_run else self.schedule  # type: ignore[attr-defined]
+        scheduler = schedule.scheduler(optimizer, total_optimizer_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
@@ -248,3 +255,13 @@ class LanguageModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: Mapping[str, Tensor] = checkpoint["state_dict"]
         check_restored(self, state, frozen_may_miss=self.plan.network.restorable)
+
+
+def scale_in_place(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors of any dtype, on any device and distributed in any way, by one number."""
+    alike: dict[tuple[torch.device, DeviceMesh | None], list[Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        alike.setdefault((tensor.device, mesh), []).append(tensor)
+    for (device, _), group in alike.items():  # one kernel each, where one for every tensor would take its time
+        torch._foreach_mul_(group, factor.to(device))

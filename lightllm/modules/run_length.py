@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage
 
 
 def total_optimizer_steps(trainer: Trainer) -> int | None:
@@ -24,11 +25,13 @@ def total_optimizer_steps(trainer: Trainer) -> int | None:
 def _batches_per_epoch(trainer: Trainer) -> int | None:
     datamodule = getattr(trainer, "datamodule", None)
     batches = getattr(datamodule, "num_train_batches", None)
-    if batches is None:
-        source = trainer.fit_loop._data_source
-        try:
-            batches = len(source.dataloader())
-        except TypeError:  # an iterable dataset has no length
-            return None
     limit = trainer.limit_train_batches
+    if batches is None:
+        loader = trainer.fit_loop._data_source.dataloader()
+        # With several ranks, each sees its share of the rows: Lightning puts in the sampler that deals them out.
+        prepared = trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
+        try:
+            batches = len(prepared)  # type: ignore[arg-type]  # Lightning takes any iterable
+        except TypeError:  # an iterable dataset has no length
+            return limit if isinstance(limit, int) else None
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a share of the optimizer's, per optimizer step.
 
-    It rises linearly over the warm-up, then stays, falls, or stays and then falls, to `floor` at the last step.
+    After `step` optimizer steps it is
+
+        step / warmup                                       within the warm-up
+        1                                                   until the fall begins
+        floor + (1 - floor) * (1 - x)                       in a linear fall
+        floor + (1 - floor) * (1 + cos(pi * x)) / 2         in a cosine's
+
+    with x the part of the fall that is over. `linear` and `cosine` fall from the end of the warm-up on,
+    `warmup-stable-decay` falls linearly over the last `decay` steps, `constant` never.
     """
 
     shape: Literal["constant", "linear", "cosine", "warmup-stable-decay"] = "cosine"
@@ -45,39 +54,37 @@ class Schedule:
         Raises:
             ValueError: The run has no end and this schedule needs one, or it is shorter than warm-up and decay.
         """
-        # These bring peft along, which takes a second, and nobody who asks for help needs it.
-        from transformers.optimization import (
-            get_constant_schedule_with_warmup,
-            get_cosine_with_min_lr_schedule_with_warmup,
-            get_wsd_schedule,
-        )
-
         if total_steps is None:
             if self.needs_total:
                 raise ValueError(
                     f"a {self.shape} schedule needs to know when the run ends: set trainer.max_steps, or "
                     "trainer.max_epochs with data whose length is known, or schedule.shape: constant"
                 )
-            return get_constant_schedule_with_warmup(optimizer, int(self.warmup))
+            return LambdaLR(optimizer, lambda step: self._factor(step, int(self.warmup), fall=0, total_steps=0))
         warmup = _steps(self.warmup, total_steps)
-        decay = total_steps - warmup if self.shape == "linear" else _steps(self.decay, total_steps)
-        if warmup >= total_steps or (self.shape == "warmup-stable-decay" and warmup + decay > total_steps):
-            raise ValueError(
-                f"the schedule's warm-up of {warmup} steps"
-                f"{f' and decay of {decay}' if self.shape == 'warmup-stable-decay' else ''} do not fit into a run of "
-                f"{total_steps} steps: shorten them, or give them as shares of the run"
-            )
         match self.shape:
             case "constant":
-                return get_constant_schedule_with_warmup(optimizer, warmup)
-            case "cosine":
-                return get_cosine_with_min_lr_schedule_with_warmup(
-                    optimizer, warmup, total_steps, min_lr_rate=self.floor
-                )
-            case "linear" | "warmup-stable-decay":
-                return get_wsd_schedule(
-                    optimizer, warmup, decay, total_steps, decay_type="linear", min_lr_ratio=self.floor
-                )
+                fall = 0
+            case "warmup-stable-decay":
+                fall = _steps(self.decay, total_steps)
+            case _:
+                fall = total_steps - warmup
+        if warmup >= total_steps or warmup + fall > total_steps:
+            raise ValueError(
+                f"the schedule's warm-up of {warmup} steps{f' and decay of {fall}' if fall else ''} do not fit into a "
+                f"run of {total_steps} steps: shorten them, or give them as shares of the run"
+            )
+        return LambdaLR(optimizer, lambda step: self._factor(step, warmup, fall, total_steps))
+
+    def _factor(self, step: int, warmup: int, fall: int, total_steps: int) -> float:
+        """The share after `step` optimizer steps; a fall of 0 steps never begins."""
+        if step < warmup:
+            return step / warmup
+        if not fall:
+            return 1.0
+        over = min(max(step - (total_steps - fall), 0) / fall, 1.0)
+        rest = (1 + math.cos(math.pi * over)) / 2 if self.shape == "cosine" else 1 - over
+        return self.floor + (1 - self.floor) * rest
 
 
 def _steps(length: float, total_steps: int) -> int:
