@@ -56,6 +56,8 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.base",
         "modules.build",
         "modules.checkpointing",
+        "modules.heap",
+        "modules.inner_losses",
         "modules.parameter_groups",
         "modules.run_length",
         "modules.schedule",

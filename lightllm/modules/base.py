@@ -27,6 +27,7 @@ from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.token_bytes import bytes_per_token
 from lightllm.modules.build import BuildPlan, Transformation, build_network, on_meta
 from lightllm.modules.checkpointing import check_restored, without_restorable_weights
+from lightllm.modules.heap import keep_freed_memory
 from lightllm.modules.parameter_groups import parameter_groups
 from lightllm.modules.run_length import total_optimizer_steps
 from lightllm.modules.schedule import Schedule
@@ -163,6 +164,8 @@ class LanguageModule(LightningModule, ABC):
     @override
     def on_fit_start(self) -> None:
         self._step = torch.zeros(2, dtype=sum_dtype(), device=self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @override
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:

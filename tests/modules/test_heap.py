@@ -1,0 +1,44 @@
+"""The heap keeps what is freed where the C library can be told so."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from lightllm.modules.heap import keep_freed_memory
+
+FAULTS = """
+import resource, sys
+import torch
+from lightllm.modules.heap import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():
+    return [torch.ones(2**22) for _ in range(4)]
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_steps_that_allocate_the_same_again_fault_no_more_pages() -> None:
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
+        for how in ("keep", "default")
+    }
+    pages_a_step = 4 * 2**24 / resource.getpagesize()
+    assert faults["default"] > 10 * pages_a_step
+    assert faults["keep"] < 2 * pages_a_step
+
+
+def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
