@@ -26,4 +26,4 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # another C library, such as musl
         return False
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, 2**26))
-    return all([mallopt(option, value) == 1 for option, value in settings])
+    return all(mallopt(option, value) == 1 for option, value in settings)
