@@ -76,10 +76,13 @@ class Divergence:
                 bounds = "at least 0" if self.kind == "decoupled" else "in (0, 1)"
                 raise ValueError(f"{name} of {self.kind} is {value}: give a number {bounds}")
 
-    def option(self, name: Literal["alpha", "beta"]) -> float:
-        """Return the option's value, the kind's own where none is given, 0 where the kind has none."""
-        given = self.alpha if name == "alpha" else self.beta
-        return _DEFAULTS.get(self.kind, {}).get(name, 0.0) if given is None else given
+    def arguments(self) -> tuple[str, float, float, float]:
+        """Return kind, temperature, alpha and beta: the kind's own where none is given, 0 where it has none."""
+        known = {"alpha": 0.0, "beta": 0.0} | _DEFAULTS.get(self.kind, {})
+        alpha, beta = (
+            known[name] if given is None else given for name, given in (("alpha", self.alpha), ("beta", self.beta))
+        )
+        return self.kind, self.temperature, alpha, beta
 
 
 class LogitTerms(NamedTuple):
@@ -115,23 +118,22 @@ def linear_divergence(
 
         temperature ** 2 * D(softmax(z / temperature), softmax(z' / temperature)) + cross_entropy * -log softmax(z)_y
 
-    As in `linear_cross_entropy`, gradients of the student's inputs are formed chunk by chunk in the forward pass, for
-    those that require one; the teacher's inputs get none. Memory is `[chunk_tokens, vocab]` for each of the two,
-    blocks of a few positions in float32, and the gradients. Differentiable once.
+    As in `linear_cross_entropy`, the student's gradients are formed chunk by chunk in the forward pass; the teacher
+    gets none. Memory is `[chunk_tokens, vocab]` for each of the two and the gradients. Differentiable once.
 
     Args:
         student_hidden: Hidden states `[..., student's hidden]`.
         student_weight: Output matrix `[vocab, student's hidden]`.
         teacher_hidden: Hidden states `[..., teacher's hidden]`, of any dtype, which the teacher's weight shares.
         teacher_weight: Output matrix `[vocab, teacher's hidden]`.
-        labels: Token to predict at each position, int64 `[...]`; which of them are targets decides what is compared.
+        labels: Token to predict at each position, int64 `[...]`, `ignore_index` where nothing is compared.
         kind: Which divergence: see `Divergence`, as for temperature, alpha and beta.
         temperature: Of both networks; 1 for the cross-entropy.
         alpha: Option of some kinds.
         beta: Option of some kinds.
         cross_entropy: Weight of the cross-entropy, from the same product.
-        num_tokens: Compare the first `num_tokens` tokens only, for vocabularies of one tokenizer that are padded to
-            different sizes: logits behind them are in neither softmax, not in the cross-entropy's either.
+        num_tokens: Compare the first tokens only, where one tokenizer's vocabulary is padded to two sizes: logits
+            behind them are in no softmax, that of the cross-entropy included.
         student: Bias, softcap and scale of the student's logits.
         teacher: The same of the teacher's.
         ignore_index: Label of positions that are no target.
@@ -144,27 +146,26 @@ def linear_divergence(
         ValueError: if inputs don't fit together, an option is out of its range, or a label is outside the vocabulary.
     """
     divergence = Divergence(kind, temperature, alpha, beta)
-    if not cross_entropy >= 0.0:
-        raise ValueError(f"cross_entropy is {cross_entropy}: give a weight of at least 0")
-    heads = [(student_hidden, student_weight, student), (teacher_hidden, teacher_weight, teacher)]
-    for hidden, weight, terms in heads:
-        check_inputs(hidden, weight, labels, terms.bias, terms.softcap, chunk_tokens)
-    (student_weight, student), (teacher_weight, teacher) = (_first_tokens(*head[1:], num_tokens) for head in heads)
-    _check_vocabularies(len(student_weight), len(teacher_weight))
-    loss: Tensor = _LinearDivergence.apply(
-        *(student_hidden, student_weight, student.bias, teacher_hidden, teacher_weight, teacher.bias, labels),
-        torch.is_grad_enabled(),
-        (
-            *(kind, temperature, divergence.option("alpha"), divergence.option("beta"), cross_entropy),
-            *(*student[1:], *teacher[1:], ignore_index, chunk_tokens),
-            *(product_dtype(student_hidden, student_weight), product_dtype(teacher_hidden, teacher_weight)),
-        ),
-    )
+    student_weight, student = _checked(student_hidden, student_weight, student, labels, num_tokens, chunk_tokens)
+    teacher_weight, teacher = _checked(teacher_hidden, teacher_weight, teacher, labels, num_tokens, chunk_tokens)
+    _check_both(len(student_weight), len(teacher_weight), cross_entropy)
+    dtypes = product_dtype(student_hidden, student_weight), product_dtype(teacher_hidden, teacher_weight)
+    tensors = (student_hidden, student_weight, student.bias, teacher_hidden, teacher_weight, teacher.bias, labels)
+    options = (*divergence.arguments(), cross_entropy, *student[1:], *teacher[1:], ignore_index, chunk_tokens, *dtypes)
+    loss: Tensor = _LinearDivergence.apply(*tensors, torch.is_grad_enabled(), options)
     return loss
 
 
-def _first_tokens(weight: Tensor, terms: LogitTerms, num_tokens: int | None) -> tuple[Tensor, LogitTerms]:
-    """Leave out what a head has for tokens from `num_tokens` on."""
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    terms: LogitTerms,
+    labels: Tensor,
+    num_tokens: int | None,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, LogitTerms]:
+    """Check one network's inputs, and leave out what its head has for tokens from `num_tokens` on."""
+    check_inputs(hidden, weight, labels, terms.bias, terms.softcap, chunk_tokens)
     if num_tokens is None or num_tokens == len(weight):
         return weight, terms
     if not 0 < num_tokens < len(weight):
@@ -172,7 +173,9 @@ def _first_tokens(weight: Tensor, terms: LogitTerms, num_tokens: int | None) -> 
     return weight[:num_tokens], terms._replace(bias=None if terms.bias is None else terms.bias[:num_tokens])
 
 
-def _check_vocabularies(student: int, teacher: int) -> None:
+def _check_both(student: int, teacher: int, cross_entropy: float) -> None:
+    if not cross_entropy >= 0.0:
+        raise ValueError(f"cross_entropy is {cross_entropy}: give a weight of at least 0")
     if student != teacher:
         raise ValueError(
             f"the student's vocabulary has {student} tokens and the teacher's {teacher}. If one tokenizer's is padded "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
 from lightllm.losses import Divergence, LogitTerms, linear_divergence
@@ -49,8 +49,8 @@ class Distillation(LanguageModule):
     """Train a student towards its teacher's distribution on the data's target tokens.
 
     The loss per target token is `divergence + hard_loss * cross-entropy`, and the losses on inner states. The teacher
-    is frozen, never in training mode, and in no checkpoint if it can be built again. It is there with a trainer only:
-    whoever builds the network from a run in order to use it has no need of it.
+    is frozen, computes as in evaluation, and is in no checkpoint if it can be built again. It is there with a trainer
+    only: whoever builds the network from a run in order to use it has no need of it.
 
     Args:
         network: The student: `FromConfig`, `EveryNthLayer` of the teacher, or any other with the teacher's tokenizer.
@@ -115,7 +115,7 @@ class Distillation(LanguageModule):
             return
         plan = BuildPlan(self.teacher_network, Full(), self.task, False, self.plan.compile)
         request = BuildRequest(self.task, self.tokenizer, _quantization(self.teacher_bits))
-        teacher = build_network(plan, request, []).requires_grad_(False).eval()
+        teacher = build_network(plan, request, []).requires_grad_(False)
         if self._rows_are_packed() and not on_meta(teacher):
             check_packing(teacher)
         source = self.teacher_network.tokenizer_source
@@ -125,21 +125,14 @@ class Distillation(LanguageModule):
         self.teacher = teacher
 
     @override
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()  # it does not drop units out: it is one function, not a sample of many
-        return self
-
-    @override
     def forward(self, batch: TextBatch) -> Tensor:
         with self.inner.watch_student(self.built_network) as self._student_states:
             return super().forward(batch)
 
     @override
     def criterion(self, hidden: Tensor, batch: TextBatch) -> Loss:
-        with torch.no_grad(), self.inner.watch_teacher(self.built_teacher) as teacher_states:
-            teacher_hidden = hidden_states(self.built_teacher, batch)
+        with self.inner.watch_teacher(self.built_teacher) as teacher_states:
+            teacher_hidden = self._teacher_hidden(batch)
         divergence = self._divergence(hidden, teacher_hidden, batch["labels"], self.hard_loss)
         inner = self.inner(self._student_states, teacher_states, batch)
         self._student_states = InnerStates({}, {})
@@ -155,8 +148,18 @@ class Distillation(LanguageModule):
         self._student_states = InnerStates({}, {})
         self.measure_tokens(hidden, batch)
         assert isinstance(self.metrics, DistillationMetrics)
-        teacher_hidden = hidden_states(self.built_teacher, batch)
+        teacher_hidden = self._teacher_hidden(batch)
         self.metrics.add_divergence(self._divergence(hidden, teacher_hidden, batch["labels"]))
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: TextBatch) -> Tensor:
+        """The teacher's last hidden states `[batch, seq, teacher's hidden]`."""
+        # It does not drop units out: it is one function, not a sample of many. Between its calls it is in the mode
+        # of all the rest, because Lightning warns of a fit that begins otherwise.
+        self.built_teacher.eval()
+        hidden = hidden_states(self.built_teacher, batch)
+        self.built_teacher.train(self.training)
+        return hidden
 
     def _divergence(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, hard_loss: float = 0.0) -> Tensor:
         """The sum over target tokens. Vocabularies padded to two sizes are compared on what both have."""
