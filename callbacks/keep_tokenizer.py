@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 
 class KeepTokenizer(Callback):
-    """Saves the tokenizer to `RUN/tokenizer` before training starts; `fast_dev_run` leaves nothing behind."""
+    """Saves the tokenizer to `RUN/tokenizer` before training starts."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]
-        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # it is set from outside of the class
-        if trainer.is_global_zero and pl_module.tokenizer is not None and not trial:
+        if trainer.is_global_zero and pl_module.tokenizer is not None:
             pl_module.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
@@ -84,6 +85,7 @@ class TrainingCommand(LightningCLI):
         self.run_folder = run if run is not None else RunFolder(".")
         self.is_new = run is None
         self._go_on = go_on
+        self._trial: TemporaryDirectory[str] | None = None
         super().__init__(
             LanguageModule,
             LightningDataModule,
@@ -122,7 +124,10 @@ class TrainingCommand(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        if self.is_new:
+        if self.is_new and self.verb == "fit" and self.config.trainer.fast_dev_run:
+            self._trial = TemporaryDirectory(prefix="lightllm-trial-")
+            self.run_folder = RunFolder(self._trial.name)
+        elif self.is_new:
             files = self.config.get("config")
             wanted = RunFolder(self.config.run or f"runs/{Path(str(files[0])).stem if files else self.verb}")
             self.is_new = not (self._go_on and wanted.exists)
@@ -175,10 +180,16 @@ class TrainingCommand(LightningCLI):
         for logger in self.trainer.loggers:
             logger.log_hyperparams(config)
 
-    @rank_zero_only
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is a `fast_dev_run`, which is over in a step or a few and leaves nothing behind."""
+        return self._trial is not None
+
     def release(self) -> None:
-        """Give the folder of a new run back, if nothing was trained."""
-        if self.is_new and self.verb == "fit":
+        """Give the folder of a new run back, if nothing was trained; a trial's whatever happened."""
+        if self._trial is not None:
+            self._trial.cleanup()
+        elif self.is_new and self.verb == "fit" and _is_first_rank():
             self.run_folder.release()
 
 

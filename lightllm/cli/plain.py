@@ -1,4 +1,7 @@
-"""The verbs that need no Trainer: generate, chat, export, configs."""
+"""The verbs that need no Trainer: generate, chat, export, configs.
+
+Nothing heavy is imported here, not even for type checking: the parser follows such imports, and help is to be quick.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ def export(
             dtype=getattr(torch, dtype) if dtype else None,
             base_model=loaded.base,
         )
-    print(report)
+    print(report.describe())
     return 0
 
 

@@ -8,8 +8,10 @@ import warnings
 
 REMARKS = {
     "lightning.fabric.utilities.seed": r"Seed set to",
+    # The command itself says from which checkpoint, and when the run is over.
     "lightning.pytorch.utilities.rank_zero": (
         r"GPU available: False|TPU available: False|💡 Tip|`Trainer\.fit` stopped: `max_(steps|epochs)="
+        r"|Restoring states from|Restored all states from|Loaded model weights from"
     ),
     # Optional kernels that this machine has no use for.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward from kernels-community",
@@ -23,6 +25,9 @@ WARNINGS = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     (r".isinstance\(treespec, LeafSpec\). is deprecated", FutureWarning),
     (r"'set_vital' is deprecated", UserWarning),
+    # Lightning and we call jsonargparse by names that the oldest one that we admit knows too.
+    (r"\s*By default only one JsonargparseDeprecationWarning", DeprecationWarning),
+    (r"\s*(``instantiate_classes``|skip_none parameter) was deprecated", DeprecationWarning),
     # Its batches come ready from memory, and the run says itself if it waits for data (throughput/data_seconds).
     (r"The '\w+' does not have many workers", UserWarning),
     # A resumed run, and a measured one, have their folder already.

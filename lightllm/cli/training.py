@@ -32,7 +32,7 @@ def _fit(arguments: list[str]) -> int:
     checkpoint = None if command.is_new else newest_checkpoint(command.run_folder.checkpoints)
     try:
         command.write_config()
-        rank_zero_info(f"run folder: {command.run_folder.path}{_beginning(command, checkpoint)}")
+        rank_zero_info(_beginning(command, checkpoint))
         command.trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
     finally:
         command.release()
@@ -71,14 +71,17 @@ def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]
 
 
 def _beginning(command: TrainingCommand, checkpoint: Path | None) -> str:
+    if command.is_trial:
+        return "a trial: nothing of it is kept"
+    run = f"run folder: {command.run_folder.path}"
     if command.is_new:
-        return ""
-    return f", resumed from {checkpoint}" if checkpoint else ", which has no checkpoint yet: from the beginning"
+        return run
+    return run + (f", resumed from {checkpoint}" if checkpoint else ", which has no checkpoint yet: from the beginning")
 
 
 def _say_what_next(command: TrainingCommand) -> None:
     run = command.run_folder
-    if not run.exists:  # a trial, which leaves nothing behind
+    if command.is_trial:
         return
     checkpoints = [one for one in command.trainer.checkpoint_callbacks if isinstance(one, Checkpoint)]
     best = checkpoints[0].best_model_score if checkpoints else None

@@ -31,3 +31,13 @@ class ExportReport:
     def write(self, folder: Path) -> None:
         """Leave the report in `folder`, with the export's name instead of its path, which others don't have."""
         (folder / MARKER).write_text(json.dumps({**asdict(self), "path": self.path.name}, indent=2) + "\n")
+
+    def describe(self) -> str:
+        """What was written, and how it compared when it was read back, in two lines."""
+        written = f"written: {self.path} ({self.layout}, {self.dtype}, {self.num_bytes / 1e6:.1f} MB)"
+        if self.max_logit_difference is None or self.relative_logit_difference is None:
+            return f"{written}\nread back: the tensors are the same"
+        return (
+            f"{written}\nread back: logits differ by {self.max_logit_difference:.2g} at most, "
+            f"{self.relative_logit_difference:.2%} of the largest"
+        )

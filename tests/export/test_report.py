@@ -14,3 +14,13 @@ def test_a_report_is_left_without_the_path_of_this_machine(tmp_path: Path) -> No
         "max_logit_difference": None,
         "relative_logit_difference": None,
     }
+
+
+def test_a_report_says_what_was_written_and_how_it_compared() -> None:
+    merged = ExportReport(Path("run/export"), "merged", "bfloat16", 1_234_567, 0.0312, 0.0021)
+    assert merged.describe().splitlines() == [
+        "written: run/export (merged, bfloat16, 1.2 MB)",
+        "read back: logits differ by 0.031 at most, 0.21% of the largest",
+    ]
+    adapter = ExportReport(Path("adapter"), "adapter", "float32", 1_000, None, None)
+    assert adapter.describe().endswith("read back: the tensors are the same")
