@@ -171,8 +171,10 @@ class LanguageModule(LightningModule, ABC):
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
         loss = self.criterion(self(batch), batch)
         self._step += torch.stack([loss.sum.detach(), loss.weight.detach()]).to(self._step.dtype)
-        # Lightning divides by accumulate_grad_batches, which is undone here; `on_after_backward` divides by the weight.
-        scaled = loss.sum * (self.trainer.accumulate_grad_batches / _LOSS_UNIT)
+        if self._batch_is_step():
+            scaled = loss.sum / loss.weight.clamp(min=1)
+        else:  # Lightning divides by accumulate_grad_batches: undone. `on_after_backward` divides by the weight.
+            scaled = loss.sum * (self.trainer.accumulate_grad_batches / _LOSS_UNIT)
         return {"loss": scaled, "loss_sum": loss.sum.detach(), "weight": loss.weight.detach()}
 
     @override
@@ -180,11 +182,16 @@ class LanguageModule(LightningModule, ABC):
         if self.trainer.fit_loop._should_accumulate():
             return
         total = self.trainer.strategy.reduce(self._step, reduce_op="sum") if self.trainer.world_size > 1 else self._step
-        # The gradients are a mean over ranks of sums over micro-batches: this makes them the mean over all targets.
-        factor = _LOSS_UNIT * self.trainer.world_size / total[1].clamp(min=1)
-        scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor.to(torch.float32))
+        if not self._batch_is_step():
+            # The gradients are a mean over ranks of sums over micro-batches: this makes them the mean over all targets.
+            factor = _LOSS_UNIT * self.trainer.world_size / total[1].clamp(min=1)
+            scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor)
         self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
         self._step = torch.zeros_like(self._step)
+
+    def _batch_is_step(self) -> bool:
+        """Whether a batch is a whole optimizer step, so that its weight is the step's and is known before backward."""
+        return self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
 
     @override
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
@@ -262,9 +269,13 @@ class LanguageModule(LightningModule, ABC):
 
 def scale_in_place(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors of any dtype, on any device and distributed in any way, by one number."""
-    alike: dict[tuple[torch.device, DeviceMesh | None], list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype, DeviceMesh | None], list[Tensor]] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        alike.setdefault((tensor.device, mesh), []).append(tensor)
-    for (device, _), group in alike.items():  # one kernel each, where one for every tensor would take its time
-        torch._foreach_mul_(group, factor.to(device))
+        alike.setdefault((tensor.device, tensor.dtype, mesh), []).append(tensor)
+    for (device, dtype, _), group in alike.items():
+        if dtype in (torch.float32, torch.float64):
+            torch._foreach_mul_(group, factor.to(device, dtype))  # one kernel instead of one for every tensor
+        else:  # whose kernel wants a number of their own dtype, which would be rounded
+            for tensor in group:
+                tensor.mul_(factor.to(device, torch.float32))
