@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -130,11 +131,9 @@ class _LowRank(Adapter):
 
         configuration = self._configuration()
         if isinstance(network, OwnNetwork):
-            # Peft finds a transformers model's head by itself. What attention of torch multiplies by is its output
-            # layer's matrix, past the layer: an update of the layer would have no effect.
-            configuration.exclude_modules = [f"module.{network.head}"] + [
-                name for name, module in network.named_modules() if isinstance(module, NonDynamicallyQuantizableLinear)
-            ]
+            configuration.exclude_modules = _without_effect(network)
+            # In evaluation, torch's own transformer layers would take the matrices past the layers that are adapted.
+            torch.backends.mha.set_fastpath_enabled(False)
         if not getattr(network, "is_quantized", False):
             configuration._register_custom_module({nn.Linear: LoraLinear})
         return _peft(network, configuration)
@@ -243,6 +242,16 @@ class PromptTuning(Adapter):
 
         transformers_network(network)
         return _peft(network, PromptTuningConfig(num_virtual_tokens=self.num_tokens))
+
+
+def _without_effect(network: OwnNetwork) -> list[str]:
+    """Linear layers that an update cannot be put on, because their matrices are used past them.
+
+    They are the head (of a transformers model, peft finds it by itself) and the output layer of torch's attention.
+    """
+    layers = network.named_modules()
+    outputs = [name for name, module in layers if isinstance(module, NonDynamicallyQuantizableLinear)]
+    return [f"module.{network.head}", *outputs]
 
 
 def _peft(network: nn.Module, configuration: PeftConfig) -> nn.Module:

@@ -212,6 +212,11 @@ def test_own_networks_take_low_rank_updates_where_they_have_an_effect() -> None:
     assert trained == {f"base_model.model.module.layers.0.{name}" for name in ("linear1", "linear2")}
     assert output_head(network).weight is base.module.lm_head.weight
     batch: Any = {"input_ids": torch.arange(5)[None], "position_ids": torch.arange(5)[None]}
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden_states(network.eval(), batch), hidden_states(network.train(), batch))
     hidden_states(network, batch).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
 
