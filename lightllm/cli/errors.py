@@ -39,14 +39,13 @@ def refusal(error: BaseException) -> str | None:
         return refusal(error.__cause__)
     if _is_misconfiguration(error):
         return str(error)
+    if worker := _WORKER.match(str(error)):
+        return _refusal_of_worker(worker[1])
     files = list(_files(error))
-    if not files or any(_is_foreign(file) for file in files):
+    if not files or any(map(_is_foreign, files)):
         return None  # a user's own code took part, and its author wants to know where
     if isinstance(error, ValueError):
-        last = files[-1]
-        if _is_own(last) or "lightning" in last.parts:
-            return _message_of_worker(error) or str(error)
-        return None
+        return str(error) if _is_own(files[-1]) or "lightning" in files[-1].parts else None
     return str(error) if type(error).__module__.startswith("lightllm.") else None
 
 
@@ -57,22 +56,24 @@ _FILE = re.compile(r'^ +File "([^"]+)", line \d+', re.MULTILINE)
 def _files(error: BaseException) -> Iterator[Path]:
     """The files through which an error went, to the one that raised it, which may be in another process."""
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename != __file__:
-            yield Path(frame.filename).resolve()
-    remote = _WORKER.match(str(error))
-    text = remote[1] if remote else str(error.__cause__) if type(error.__cause__).__name__.endswith("Traceback") else ""
-    for name in _FILE.findall(text):
-        yield Path(name).resolve()
+        yield Path(frame.filename).resolve()
+    if type(error.__cause__).__name__.endswith("RemoteTraceback"):
+        yield from _files_in(str(error.__cause__))
 
 
-def _message_of_worker(error: BaseException) -> str | None:
-    """The last message of the traceback that a data loader's worker sent as its message."""
-    remote = _WORKER.match(str(error))
-    if remote is None:
+def _files_in(text: str) -> list[Path]:
+    """The files that the text of a traceback names."""
+    return [Path(name).resolve() for name in _FILE.findall(text)]
+
+
+def _refusal_of_worker(text: str) -> str | None:
+    """What a data loader's worker refused, from its traceback; None if it met a fault."""
+    files = _files_in(text)
+    end = [match.end() for match in _FILE.finditer(text)][-1]
+    raised = re.search(r"^([\w.]+): (.*)", text[end:], re.DOTALL | re.MULTILINE)
+    if raised is None or any(map(_is_foreign, files)) or not _is_own(files[-1]):
         return None
-    after_frames = remote[1][[match.end() for match in _FILE.finditer(remote[1])][-1] :]
-    message = re.search(r"^[\w.]+: (.*)", after_frames, re.DOTALL | re.MULTILINE)
-    return message[1].strip() if message else None
+    return raised[2].strip() if raised[1] == "ValueError" or raised[1].startswith("lightllm.") else None
 
 
 def _raised_in(error: BaseException) -> str:

@@ -162,13 +162,13 @@ def _no_class(finding: Finding) -> str:
     assert match is not None
     short, module, attribute, absent = match.groups()
     given = finding.owner if finding.owner is not None and (module or absent) else short or f"{module}.{attribute}"
+    if absent is not None and not absent.startswith("lightllm"):
+        return f"{finding.path}: there is no class {given!r}: no module is called {absent!r}, here or installed"
     paths = class_paths()
     near = nearest(given.rpartition(".")[2], paths)
     if near is not None and "." in given:
         near = paths[near]
-    return f"{finding.path}: there is no class {given!r}{_hint(near)}" + (
-        f"; no module is called {absent!r}" if absent and near is None else ""
-    )
+    return f"{finding.path}: there is no class {given!r}{_hint(near)}"
 
 
 def _expected(finding: Finding) -> str:

@@ -101,5 +101,6 @@ def _reaches(network: nn.Module, positions: Tensor, source: slice, target: slice
         return False
     # Not their plain sum, which behind a layer norm is the same for every input.
     weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)
-    gradient = torch.autograd.grad((hidden[:, target] * weights).sum(), embedded[0])[0]
+    with torch.enable_grad():
+        gradient = torch.autograd.grad((hidden[:, target] * weights).sum(), embedded[0])[0]
     return bool(gradient.flatten(0, -2)[source].any())

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightllm.runs import RunFolder, claim_run
+
+
+def save(path: Path, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step}, path)
+
+
+def test_a_run_exists_once_its_configuration_is_written(tmp_path: Path) -> None:
+    run = claim_run(str(tmp_path / "run"))
+    assert run.config.exists()
+    assert not run.exists, "claimed, but not begun"
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.yaml"):
+        run.require()
+    run.config.write_text("run: here")
+    assert run.exists
+    assert run.require() is run
+    assert run.read_config() == {"run": "here"}
+
+
+def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
+    wanted = str(tmp_path / "runs" / "lora")
+    assert [claim_run(wanted).path.name for _ in range(3)] == ["lora", "lora-2", "lora-3"]
+    assert not RunFolder(wanted).claim()
+
+
+def test_a_folder_that_holds_no_run_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert claim_run(str(tmp_path / "run")).path == tmp_path / "run"
+
+
+def test_what_was_refused_at_the_start_leaves_no_trace(tmp_path: Path) -> None:
+    run = claim_run(str(tmp_path / "run"))
+    run.release()
+    assert not run.path.exists()
+    run.release()
+
+
+@pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/step=1.ckpt"])
+def test_what_has_trained_stays(tmp_path: Path, trace: str) -> None:
+    run = claim_run(str(tmp_path / "run"))
+    save(run.path / trace, 1)
+    run.release()
+    assert run.config.exists()
+
+
+def test_files_that_are_no_runs_own_stay_when_it_is_released(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run = claim_run(str(tmp_path / "run"))
+    run.release()
+    assert [file.name for file in run.path.iterdir()] == ["notes.txt"]
+
+
+def test_checkpoints_by_name(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run.checkpoint("best")
+    for step in (2, 10):
+        save(run.checkpoints / f"step={step}.ckpt", step)
+    assert run.checkpoint("newest").name == "step=10.ckpt"
+    assert run.checkpoint("best").name == "step=10.ckpt", "there was no validation"
+    save(run.checkpoints / "best.ckpt", 2)
+    assert run.checkpoint("best").name == "best.ckpt"
+    file = str(run.checkpoints / "step=2.ckpt")
+    assert run.checkpoint(file) == Path(file)
+    with pytest.raises(ValueError, match="no checkpoint 'newset': give best, newest or a file"):
+        run.checkpoint("newset")
+
+
+def test_where_things_are() -> None:
+    run = RunFolder("runs/a")
+    assert run.predictions == Path("runs/a/predictions.jsonl")
+    assert (run.tokenizer, run.export) == (Path("runs/a/tokenizer"), Path("runs/a/export"))
