@@ -45,9 +45,9 @@ class PreferenceMetrics(Metric):
 
     def update(self, losses: Tensor, margins: Tensor) -> None:
         """Add pairs by their losses and reward margins, both `[pairs]`."""
-        self.sums += torch.stack(
-            [losses.sum(), (margins > 0).sum(), margins.sum(), torch.tensor(len(losses), device=losses.device)]
-        )
+        count = torch.tensor(len(losses), device=losses.device)
+        # Not in place: `Trainer.validate` resets the sums in inference mode, and `fit` goes on with them out of it.
+        self.sums = self.sums + torch.stack([losses.sum(), (margins > 0).sum(), margins.sum(), count])
 
     def compute(self) -> dict[str, Tensor]:
         """The three numbers."""

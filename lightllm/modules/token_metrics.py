@@ -40,10 +40,11 @@ class TokenMetrics(Metric):
 
     def update(self, loss_sum: Tensor, num_targets: Tensor, num_correct: Tensor, num_bytes: Tensor) -> None:
         """Add one batch; every argument is a sum over its target tokens, a scalar."""
-        self.loss_sum += loss_sum
-        self.num_targets += num_targets
-        self.num_correct += num_correct
-        self.num_bytes += num_bytes
+        # Not in place: `Trainer.validate` resets the sums in inference mode, and `fit` goes on with them out of it.
+        self.loss_sum = self.loss_sum + loss_sum
+        self.num_targets = self.num_targets + num_targets
+        self.num_correct = self.num_correct + num_correct
+        self.num_bytes = self.num_bytes + num_bytes
 
     def compute(self) -> dict[str, Tensor]:
         """The four numbers; bits per byte is left out where no bytes were counted."""

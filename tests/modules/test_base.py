@@ -311,11 +311,15 @@ def test_measures_are_means_over_all_targets(tmp_path: Path) -> None:
 
 
 def test_a_measure_begins_anew_each_time(tmp_path: Path) -> None:
-    module = objective()
-    trainer = tiny_trainer(tmp_path, [])
+    module = objective(optimizer=adamw(0.0, 0.0))
+    trainer = tiny_trainer(tmp_path, [], num_sanity_val_steps=1)
     first = trainer.validate(module, MeasuredBatches([], cut(documents(), [12])), verbose=False)
     trainer.validate(module, MeasuredBatches([], cut(documents(4, seed=5), [4])), verbose=False)
     assert trainer.validate(module, MeasuredBatches([], cut(documents(), [12])), verbose=False) == first
+    batches = cut(documents(), [12])
+    trainer.fit(module, MeasuredBatches(batches, batches))  # out of the inference mode that `validate` is in
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(first[0]["val/loss"])
+    assert trainer.validate(module, MeasuredBatches([], batches), verbose=False) == first
 
 
 @pytest.mark.parametrize("padded", [0, 7])
