@@ -251,6 +251,9 @@ class LanguageModule(LightningModule, ABC):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self))
+        if self.trainer.precision == "bf16-mixed":
+            # A fused optimizer would unscale gradients, so Lightning refuses to clip them; bfloat16 has no scale.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         # Lightning's trial of one step is too short for a warm-up of several, and no reason to refuse it.
         schedule = Schedule("constant") if self.trainer.fast_dev_run else self.schedule  # type: ignore[attr-defined]
         scheduler = schedule.scheduler(optimizer, total_optimizer_steps(self.trainer))

@@ -18,12 +18,12 @@ ANSWERS = ["A mighty thing.", "The one who tells.", "x ** 2, squared.", "Everywh
 
 
 def save_small_network(folder: Path) -> Path:
-    """A llama of two layers with 512 positions, and its tokenizer, as transformers saves them."""
+    """A llama of two layers with 1024 positions, and its tokenizer, as transformers saves them."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     fields = tiny_llama(len(tokenizer)).config.to_dict()
-    LlamaForCausalLM(LlamaConfig(**{**fields, "max_position_embeddings": 512})).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{**fields, "max_position_embeddings": 1024})).save_pretrained(folder)
     return folder
 
 
