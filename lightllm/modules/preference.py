@@ -12,11 +12,12 @@ from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
 from lightllm.losses import dpo_loss, implicit_rewards, ipo_loss, linear_log_probabilities
-from lightllm.models.adapters import Adapter
+from lightllm.models.adapters import Adapter, Full
 from lightllm.models.anatomy import adapter_switched_off, has_adapter, output_head
 from lightllm.models.hidden_states import hidden_states
 from lightllm.models.network import BuildRequest, Network
 from lightllm.modules.base import LanguageModule, Loss
+from lightllm.modules.build import build_network
 from lightllm.modules.token_metrics import sum_dtype
 
 
@@ -96,7 +97,8 @@ class PreferenceTuning(LanguageModule):
         super().configure_model()
         if self.reference is None and not has_adapter(self.built_network):
             request = BuildRequest(self.task, self.tokenizer)
-            self.reference = self.plan.network.build(request).requires_grad_(False)
+            plan = self.plan._replace(adapter=Full(), gradient_checkpointing=False)
+            self.reference = build_network(plan, request, transformations=[]).requires_grad_(False)
             if not self.plan.network.restorable:  # random weights: another build would be another network
                 self.reference.load_state_dict(self.built_network.state_dict())
 
