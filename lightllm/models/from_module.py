@@ -18,7 +18,8 @@ class FromModule(Network):
         module: Makes the module from the vocabulary size; in YAML its `class_path`, whose first parameter is the
             vocabulary size. It is called as `module(input_ids=…, position_ids=…)`, both `[batch, seq]`, and
             returns hidden states `[batch, seq, hidden]` *before* the head. Positions restart at 0 with each
-            document of a packed row; a module that ignores them should get `batching: sorted` data.
+            document of a packed row; a module that ignores them is refused such rows, and takes data with
+            `batches.mode: sorted`.
         head: Dotted name of the module's output projection, an `nn.Linear` `[vocab, hidden]`.
         tokenizer: Where its tokenizer is loaded from, if it has one.
     """
