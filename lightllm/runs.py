@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +63,32 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.is_file() and self.config.stat().st_size > 0
+        return self.config.is_file()
 
-    def claim(self) -> bool:
-        """Make the folder a run's, with a configuration that is still empty; False if it is one already."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def begin(self, config: str) -> bool:
+        """Make the folder a run's with this configuration, at once and whole; False if it is a run's already."""
+        temporary = self._temporary(config)
         try:
-            self.config.open("x").close()
+            os.link(temporary, self.config)
         except FileExistsError:
             return False
+        except OSError:  # there are no hard links here
+            if self.config.exists():
+                return False
+            temporary.replace(self.config)
+        finally:
+            temporary.unlink(missing_ok=True)
         return True
+
+    def write_config(self, config: str) -> None:
+        """Replace the configuration; at any moment there is a whole one."""
+        self._temporary(config).replace(self.config)
+
+    def _temporary(self, config: str) -> Path:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / f".config.yaml.tmp-{os.getpid()}"
+        file.write_text(config, encoding="utf-8")
+        return file
 
     def release(self) -> None:
         """Make the folder no run's, unless something was trained: what was refused at the start leaves no trace."""
@@ -130,10 +149,7 @@ class RunFolder:
         return found
 
 
-def claim_run(wanted: str) -> RunFolder:
-    """The folder of a new run: `wanted`, or `wanted-2`, `wanted-3`, … where a run was begun there before."""
-    run, number = RunFolder(wanted), 1
-    while not run.claim():
-        number += 1
-        run = RunFolder(f"{wanted}-{number}")
-    return run
+def numbered(wanted: str) -> Iterator[RunFolder]:
+    """Folders to try for a new run: `wanted`, `wanted-2`, `wanted-3`, …."""
+    yield RunFolder(wanted)
+    yield from (RunFolder(f"{wanted}-{number}") for number in count(2))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightllm.runs import RunFolder, claim_run
+from lightllm.runs import RunFolder, numbered
 
 
 def save(path: Path, step: int) -> None:
@@ -13,32 +14,59 @@ def save(path: Path, step: int) -> None:
     torch.save({"global_step": step}, path)
 
 
-def test_a_run_exists_once_its_configuration_is_written(tmp_path: Path) -> None:
-    run = claim_run(str(tmp_path / "run"))
-    assert run.config.exists()
-    assert not run.exists, "claimed, but not begun"
+def begun(path: Path) -> RunFolder:
+    run = RunFolder(path)
+    assert run.begin("run: here\n")
+    return run
+
+
+def test_a_run_exists_once_it_is_begun(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "runs" / "lora")
     with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.yaml"):
         run.require()
-    run.config.write_text("run: here")
+    assert run.begin("run: here\n")
     assert run.exists
     assert run.require() is run
     assert run.read_config() == {"run": "here"}
 
 
-def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
-    wanted = str(tmp_path / "runs" / "lora")
-    assert [claim_run(wanted).path.name for _ in range(3)] == ["lora", "lora-2", "lora-3"]
-    assert not RunFolder(wanted).claim()
+def test_a_folder_is_begun_once(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    assert not run.begin("run: there\n")
+    assert run.read_config() == {"run": "here"}
+    run.write_config("run: there\n")
+    assert run.read_config() == {"run": "there"}
+    assert [file.name for file in run.path.iterdir()] == ["config.yaml"], "no temporary file stays"
+
+
+def test_a_folder_is_begun_once_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr("os.link", link)
+    run = begun(tmp_path / "run")
+    assert not run.begin("run: there\n")
+    assert run.read_config() == {"run": "here"}
+    assert [file.name for file in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_of_many_that_begin_at_once_each_gets_its_own(tmp_path: Path) -> None:
+    def take(_: int) -> str:
+        return next(run.path.name for run in numbered(str(tmp_path / "run")) if run.begin("run: here\n"))
+
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(take, range(8)))
+    assert sorted(names) == ["run", *(f"run-{number}" for number in range(2, 9))]
 
 
 def test_a_folder_that_holds_no_run_is_taken(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert claim_run(str(tmp_path / "run")).path == tmp_path / "run"
+    assert begun(tmp_path / "run").exists
 
 
 def test_what_was_refused_at_the_start_leaves_no_trace(tmp_path: Path) -> None:
-    run = claim_run(str(tmp_path / "run"))
+    run = begun(tmp_path / "run")
     run.release()
     assert not run.path.exists()
     run.release()
@@ -46,7 +74,7 @@ def test_what_was_refused_at_the_start_leaves_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trace", ["metrics.csv", "checkpoints/step=1.ckpt"])
 def test_what_has_trained_stays(tmp_path: Path, trace: str) -> None:
-    run = claim_run(str(tmp_path / "run"))
+    run = begun(tmp_path / "run")
     save(run.path / trace, 1)
     run.release()
     assert run.config.exists()
@@ -55,7 +83,7 @@ def test_what_has_trained_stays(tmp_path: Path, trace: str) -> None:
 def test_files_that_are_no_runs_own_stay_when_it_is_released(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    run = claim_run(str(tmp_path / "run"))
+    run = begun(tmp_path / "run")
     run.release()
     assert [file.name for file in run.path.iterdir()] == ["notes.txt"]
 

@@ -35,7 +35,7 @@ from lightllm.cli.explain import explain
 from lightllm.cli.spelling import nearest
 from lightllm.loggers import loggers
 from lightllm.modules import LanguageModule
-from lightllm.runs import RunFolder, claim_run
+from lightllm.runs import RunFolder, numbered
 
 Log = Literal["csv", "tensorboard", "wandb"]
 
@@ -124,18 +124,31 @@ class TrainingCommand(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        if self.is_new and self.verb == "fit" and self.config.trainer.fast_dev_run:
+        if not self.is_new:
+            self._settle_in(self.run_folder)
+        elif self.verb == "fit" and self.config.trainer.fast_dev_run:
             self._trial = TemporaryDirectory(prefix="lightllm-trial-")
-            self.run_folder = RunFolder(self._trial.name)
-        elif self.is_new:
+            self._settle_in(RunFolder(self._trial.name))
+        else:
             files = self.config.get("config")
-            wanted = RunFolder(self.config.run or f"runs/{Path(str(files[0])).stem if files else self.verb}")
-            self.is_new = not (self._go_on and wanted.exists)
-            # Further ranks learn from the first which folder it claimed (`SharedRunFolder`).
-            claims = self.is_new and self.verb == "fit" and bool(_is_first_rank())
-            self.run_folder = claim_run(str(wanted.path)) if claims else wanted
-        self.config.run = str(self.run_folder.path)
-        self.config.trainer.default_root_dir = str(self.run_folder.path)
+            wanted = self.config.run or f"runs/{Path(str(files[0])).stem if files else self.verb}"
+            self.is_new = not (self._go_on and RunFolder(wanted).exists)
+            for run in numbered(wanted):
+                self._settle_in(run)
+                # Further ranks learn from the first which folder it took (`SharedRunFolder`).
+                takes = self.is_new and self.verb == "fit" and bool(_is_first_rank())
+                if not takes or run.begin(self._resolved()):
+                    break
+
+    def _settle_in(self, run: RunFolder) -> None:
+        self.run_folder = run
+        self.config.run = self.config.trainer.default_root_dir = str(run.path)
+
+    def _resolved(self) -> str:
+        """The whole configuration, as it is kept in the run folder."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config.pop("config", None)
+        return str(yaml.safe_dump(config, sort_keys=False))
 
     @override
     def instantiate_classes(self) -> None:
@@ -172,13 +185,10 @@ class TrainingCommand(LightningCLI):
 
     @rank_zero_only
     def write_config(self) -> None:
-        """Keep the resolved configuration in the run folder, and have the loggers keep it."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config.pop("config", None)
-        self.run_folder.path.mkdir(parents=True, exist_ok=True)
-        self.run_folder.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        """Keep the configuration, which may differ from that of a run that is resumed, and have the loggers keep it."""
+        self.run_folder.write_config(self._resolved())
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(config)
+            logger.log_hyperparams(yaml.safe_load(self._resolved()))
 
     @property
     def is_trial(self) -> bool:
