@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -47,6 +48,11 @@ class Loss(NamedTuple):
     """How much counts: the number of target tokens, or of pairs; a scalar."""
 
 
+def adamw(parameters: Iterable[Any]) -> Optimizer:
+    """AdamW as language models are usually trained: what an objective takes when no optimizer is named."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
 class LanguageModule(LightningModule, ABC):
     """A network, an objective and how it is optimised.
 
@@ -57,7 +63,7 @@ class LanguageModule(LightningModule, ABC):
         network: Where the network comes from.
         adapter: What of it trains, and what is added.
         optimizer: Any torch optimizer by class path, without its parameters: `torch.optim.AdamW`,
-            `bitsandbytes.optim.AdamW8bit`, …
+            `bitsandbytes.optim.AdamW8bit`, …; `adamw` of this file when None.
         schedule: The learning rate over the run.
         gradient_checkpointing: Recompute each block's activations in the backward pass: slower, and memory of one
             block's activations instead of all.
@@ -73,9 +79,7 @@ class LanguageModule(LightningModule, ABC):
         self,
         network: Network,
         adapter: Adapter | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
-            parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        ),
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -85,7 +89,7 @@ class LanguageModule(LightningModule, ABC):
         if gradient_checkpointing and not adapter.supports_gradient_checkpointing:
             raise ValueError(f"{type(adapter).__name__} does not work with gradient_checkpointing: leave it off")
         self.plan = BuildPlan(network, adapter, self.task, gradient_checkpointing, compile)
-        self.optimizer = optimizer
+        self.optimizer: OptimizerCallable = optimizer or adamw
         self.schedule = schedule or Schedule()
         self.transformations: list[Transformation] = []
         self.tokenizer: PreTrainedTokenizerBase | None = None
