@@ -12,6 +12,7 @@ REMARKS = {
     "lightning.pytorch.utilities.rank_zero": (
         r"GPU available: False|TPU available: False|💡 Tip|`Trainer\.fit` stopped: `max_(steps|epochs)="
         r"|Restoring states from|Restored all states from|Loaded model weights from"
+        r"|`Trainer\(val_check_interval=1\.0\)` was configured"
     ),
     # Optional kernels that this machine has no use for.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward from kernels-community",

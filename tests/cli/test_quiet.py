@@ -21,6 +21,7 @@ def passes(logger: str, message: str) -> bool:
         ("lightning.pytorch.utilities.rank_zero", "GPU available: True (cuda), used: False", True),
         ("lightning.pytorch.utilities.rank_zero", "`Trainer.fit` stopped: `max_steps=4` reached.", False),
         ("lightning.pytorch.utilities.rank_zero", "`Trainer.fit` stopped: No training batches.", True),
+        ("lightning.pytorch.utilities.rank_zero", "`Trainer(val_check_interval=1.0)` was configured so", False),
         ("lightning.fabric.utilities.seed", "Seed set to 1", False),
         ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: x", False),
         ("bitsandbytes.backends.cpu.ops", "Failed to load something else", True),
