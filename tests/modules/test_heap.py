@@ -12,10 +12,11 @@ import pytest
 from lightllm.modules.heap import keep_freed_memory
 
 FAULTS = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from lightllm.modules.heap import keep_freed_memory
 torch.set_num_threads(1)
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault for five hundred
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
