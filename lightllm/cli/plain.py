@@ -5,15 +5,16 @@ Nothing heavy is imported here, not even for type checking: the parser follows s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 
 from lightllm.cli import configs as shipped
+from lightllm.cli.arguments import parse
 from lightllm.cli.errors import run_explained
 from lightllm.generate.decoding import Decoding
 from lightllm.runs import RunFolder
@@ -24,35 +25,15 @@ Format = Literal["merged", "adapter", "gguf"]
 def main(verb: str, arguments: list[str]) -> int:
     """Run one of the plain verbs; the exit status."""
     function = VERBS[verb]
-    return run_explained(f"lightllm {verb}", lambda: function(**parse(function, arguments)))
+    declare = partial(_declare, verb)
+    return run_explained(f"lightllm {verb}", lambda: function(**parse(verb, function, USAGE[verb], arguments, declare)))
 
 
-def parse(function: Callable[..., int], arguments: list[str]) -> dict[str, Any]:
-    """The arguments of a verb's function.
-
-    Raises:
-        ValueError: One is missing, unknown or of another type.
-    """
-    verb = function.__name__
-    parser = ArgumentParser(
-        prog=f"lightllm {verb}",
-        usage=f"lightllm {verb} {USAGE[verb]}",
-        description=(function.__doc__ or "").splitlines()[0],
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    names = parser.add_function_arguments(function, as_positional=True, skip={"as_chat", "name"})
+def _declare(verb: str, parser: ArgumentParser) -> None:
     if verb == "generate":
         parser.add_argument("--as_chat", action="store_true", help="Put the prompt into the model's chat template.")
     if verb == "configs":
         parser.add_argument("name", nargs="?", type=str, help="Which to copy; all are listed without it.")
-    try:
-        return dict(parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
-    except argparse.ArgumentError as error:
-        from lightllm.cli.explain import explain
-
-        options = [option.removeprefix("--") for option in parser._option_string_actions]
-        raise ValueError(f"{explain(str(error), [*names, *options])}\nusage: {parser.usage}") from error
 
 
 def generate(
