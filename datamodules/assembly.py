@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lightllm.batch import TextBatch
 from lightllm.datamodules.documents import DocumentSet
 from lightllm.datamodules.loader import PlannedBatches, PlannedLoader
 from lightllm.datamodules.plan import Batches, Rules
@@ -17,6 +18,9 @@ from lightllm.datamodules.sources import Source
 from lightllm.datamodules.streaming import Stream
 from lightllm.datamodules.streaming_loader import StreamingLoader
 from lightllm.datamodules.tokenization import Encoder, RowEncoder
+
+if TYPE_CHECKING:
+    from lightllm.datamodules.base import DocumentData
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,20 @@ class Assembly:
     """See `Rules`."""
     documents_per_row: int
     tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, data: DocumentData, layout: RunLayout) -> Assembly:
+        """As a datamodule's fields say; its tokenizer is loaded."""
+        return cls(
+            layout=layout,
+            batches=data.batches,
+            max_length=data.max_length,
+            seed=data.seed,
+            num_workers=data.num_workers,
+            split=data.overflow == "split",
+            documents_per_row=data.documents_per_row,
+            tokenizer=data.loaded_tokenizer,
+        )
 
     def rules(self, evaluation: bool) -> Rules:
         """The rules of training or evaluation batches.
@@ -56,6 +74,11 @@ class Assembly:
         """Batches of documents, for this rank."""
         rules = self.rules(evaluation)
         return PlannedBatches(documents, rules, self.layout.rank, self.num_workers, self._padding_token)
+
+    def excerpt(self, documents: DocumentSet, num_documents: int | None) -> list[TextBatch]:
+        """Batches of at most so many documents, read in this process: once, as in evaluation."""
+        chosen = documents if num_documents is None else documents.spread(num_documents)
+        return list(replace(self, num_workers=0).plan(chosen, evaluation=True).read(0))
 
     @property
     def _padding_token(self) -> int:

@@ -27,7 +27,7 @@ from lightllm.datamodules.loader import (
 from lightllm.datamodules.plan import Batches
 from lightllm.datamodules.preparation import Reading, first_good_row, prepare_store
 from lightllm.datamodules.rows import Row
-from lightllm.datamodules.run_layout import run_layout, splits_to_read
+from lightllm.datamodules.run_layout import RunLayout, run_layout, splits_to_read
 from lightllm.datamodules.sources import Source, find_sources
 from lightllm.datamodules.statistics import Statistics, measure, require_documents
 from lightllm.datamodules.streaming_loader import StreamingLoader
@@ -143,16 +143,7 @@ class DocumentData(LightningDataModule, ABC):
             ValueError: A source leads nowhere, is empty or has bad rows; a batch has no room for a row.
         """
         self._load_tokenizer()
-        assembly = Assembly(
-            layout=run_layout(self.trainer),
-            batches=self.batches,
-            max_length=self.max_length,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            split=self.overflow == "split",
-            documents_per_row=self.documents_per_row,
-            tokenizer=self.loaded_tokenizer,
-        )
+        assembly = Assembly.of(self, run_layout(self.trainer))
         for split in self._splits():
             self._report(split)
             self._make_loader(split, assembly)
@@ -174,6 +165,16 @@ class DocumentData(LightningDataModule, ABC):
     def val_documents(self) -> DocumentSet:
         """The validation documents, from `setup` on."""
         return self.documents["val"]
+
+    def excerpt(self, split: str, num_documents: int | None = None) -> list[TextBatch]:
+        """Batches for whoever measures beside the loop, the same on every rank; no loader moves, no number is drawn.
+
+        Args:
+            split: "train", "val" or "test"; there is no batch of one that is streamed or not there.
+            num_documents: At most so many, evenly spaced over the split; all when None.
+        """
+        documents = self.documents.get(split)
+        return [] if documents is None else Assembly.of(self, RunLayout()).excerpt(documents, num_documents)
 
     def describe_document(self, split: str, document_id: int) -> str:
         """Where a document of a batch comes from, as `file:line`.

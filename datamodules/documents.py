@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,6 +45,13 @@ class DocumentSet:
     def origin(self, document_id: int) -> Origin:
         """Where a document comes from."""
         return self.store.origin(document_id)
+
+    def spread(self, num_documents: int) -> DocumentSet:
+        """At most so many of the documents, evenly spaced; those of a row stay together, and one row is the least."""
+        num_rows, per_row = self.examples.shape
+        num_chosen = min(num_rows, max(1, num_documents // per_row))
+        chosen = np.arange(num_chosen) * num_rows // num_chosen
+        return replace(self, examples=self.examples[chosen], lengths=self.lengths[chosen])
 
 
 def select_documents(

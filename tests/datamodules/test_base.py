@@ -222,6 +222,21 @@ def test_stages_get_their_documents(tmp_path: Path) -> None:
     assert ready(text_data(tmp_path, reading={"streaming": True})).num_train_batches is None
 
 
+def test_an_excerpt_is_the_validation_data_or_some_of_it_and_moves_no_place(tmp_path: Path) -> None:
+    data = ready(text_data(tmp_path, reading={"val_fraction": 0.3}))
+    place, numbers = data.state_dict(), torch.get_rng_state()
+    assert targets(data.excerpt("val")) == targets(data.val_dataloader())
+    few = data.excerpt("val", 5)
+    documents = {number for batch in few for number in batch["document_ids"].unique().tolist() if number >= 0}
+    assert documents == set(data.val_documents.spread(5).examples.flatten().tolist())
+    assert len(documents) == 5
+    everything = targets(data.val_dataloader())
+    assert all(count <= everything[target] for target, count in targets(few).items())
+    assert data.state_dict() == place
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert data.excerpt("test") == []
+
+
 def test_tokenizer_is_the_networks_unless_it_is_named(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "network")
     (tmp_path / "network" / "config.json").write_text('{"model_type": "llama"}')

@@ -63,3 +63,13 @@ def test_held_out_rows_are_never_all_and_in_no_other_split(num_rows: int, fracti
 
 def test_all_rows_where_none_are_held_out() -> None:
     assert choose_rows("train", 4, 0).tolist() == choose_rows("test", 4, 0).tolist() == [0, 1, 2, 3]
+
+
+def test_an_excerpt_is_spread_evenly_and_keeps_what_belongs_together() -> None:
+    documents = select_documents(store_of([(3, [1])] * 10), np.arange(10), 1, 5, "truncate")
+    assert documents.spread(4).examples.tolist() == [[0], [2], [5], [7]]
+    assert documents.spread(4).lengths.tolist() == [[2]] * 4
+    assert documents.spread(99).examples.tolist() == documents.examples.tolist()
+    pairs = select_documents(store_of([(3, [1])] * 10, per_row=2), np.arange(5), 2, 5, "truncate")
+    assert pairs.spread(5).examples.tolist() == [[0, 1], [4, 5]]
+    assert pairs.spread(1).examples.tolist() == [[0, 1]]
