@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "runs": ("checkpoint_io",),
     "losses": ("batch",),
     "models": ("batch",),
-    "compression": ("batch", "models.anatomy"),
+    "compression": ("batch", "models.anatomy", "models.hidden_states", "models.inference"),
     "parallel": ("batch", "models.anatomy"),
     "flops": ("batch", "models.anatomy"),
     "generate": ("batch", "compression", "losses", "models", "runs"),
