@@ -74,10 +74,10 @@ def layer_mask(scores: Tensor, amount: Amount, per_row: bool = False) -> Tensor:
     if isinstance(amount, Pattern):
         _check_width(scores, amount)
         groups = scores.unflatten(1, (-1, amount.group))
-        return ~_lowest(groups, amount.group - amount.kept).flatten(1)
+        return ~lowest(groups, amount.group - amount.kept).flatten(1)
     if per_row:
-        return ~_lowest(scores, num_pruned(scores.shape[1], amount))
-    return ~_lowest(scores.flatten(), num_pruned(scores.numel(), amount)).view_as(scores)
+        return ~lowest(scores, num_pruned(scores.shape[1], amount))
+    return ~lowest(scores.flatten(), num_pruned(scores.numel(), amount)).view_as(scores)
 
 
 def network_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def follows(tensor: Tensor, pattern: Pattern) -> bool:
     return bool((tensor.unflatten(1, (-1, pattern.group)).count_nonzero(dim=2) <= pattern.kept).all())
 
 
-def _lowest(scores: Tensor, count: int) -> Tensor:
+def lowest(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` lowest along the last dimension, of equal ones the first; bool of the same shape."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
