@@ -6,11 +6,14 @@ from lightllm.losses.features import attention_relations, hidden_cosine, hidden_
 from lightllm.losses.log_probabilities import linear_log_probabilities
 from lightllm.losses.preference import dpo_loss, implicit_rewards, ipo_loss
 from lightllm.losses.token_statistics import TokenStatistics, linear_token_statistics
+from lightllm.losses.top_token_divergence import linear_top_token_divergence
+from lightllm.losses.top_tokens import TopTokens, linear_top_tokens
 
 __all__ = [
     "Divergence",
     "LogitTerms",
     "TokenStatistics",
+    "TopTokens",
     "attention_relations",
     "dpo_loss",
     "hidden_cosine",
@@ -21,4 +24,6 @@ __all__ = [
     "linear_divergence",
     "linear_log_probabilities",
     "linear_token_statistics",
+    "linear_top_token_divergence",
+    "linear_top_tokens",
 ]

@@ -132,8 +132,7 @@ def linear_divergence(
         alpha: Option of some kinds.
         beta: Option of some kinds.
         cross_entropy: Weight of the cross-entropy, from the same product.
-        num_tokens: Compare the first tokens only, where one tokenizer's vocabulary is padded to two sizes: logits
-            behind them are in no softmax, that of the cross-entropy included.
+        num_tokens: Compare the first tokens only, of a vocabulary padded to two sizes: no softmax has the others.
         student: Bias, softcap and scale of the student's logits.
         teacher: The same of the teacher's.
         ignore_index: Label of positions that are no target.
@@ -146,9 +145,10 @@ def linear_divergence(
         ValueError: if inputs don't fit together, an option is out of its range, or a label is outside the vocabulary.
     """
     divergence = Divergence(kind, temperature, alpha, beta)
-    student_weight, student = _checked(student_hidden, student_weight, student, labels, num_tokens, chunk_tokens)
-    teacher_weight, teacher = _checked(teacher_hidden, teacher_weight, teacher, labels, num_tokens, chunk_tokens)
-    _check_both(len(student_weight), len(teacher_weight), cross_entropy)
+    student_weight, student = checked_network(student_hidden, student_weight, student, labels, num_tokens, chunk_tokens)
+    teacher_weight, teacher = checked_network(teacher_hidden, teacher_weight, teacher, labels, num_tokens, chunk_tokens)
+    check_cross_entropy(cross_entropy)
+    _check_vocabularies(len(student_weight), len(teacher_weight))
     dtypes = product_dtype(student_hidden, student_weight), product_dtype(teacher_hidden, teacher_weight)
     tensors = (student_hidden, student_weight, student.bias, teacher_hidden, teacher_weight, teacher.bias, labels)
     options = (*divergence.arguments(), cross_entropy, *student[1:], *teacher[1:], ignore_index, chunk_tokens, *dtypes)
@@ -156,7 +156,7 @@ def linear_divergence(
     return loss
 
 
-def _checked(
+def checked_network(
     hidden: Tensor,
     weight: Tensor,
     terms: LogitTerms,
@@ -164,7 +164,10 @@ def _checked(
     num_tokens: int | None,
     chunk_tokens: int | None,
 ) -> tuple[Tensor, LogitTerms]:
-    """Check one network's inputs, and leave out what its head has for tokens from `num_tokens` on."""
+    """Check one network's inputs, and leave out what its head has for tokens from `num_tokens` on.
+
+    Arguments and errors are those of `linear_divergence`.
+    """
     check_inputs(hidden, weight, labels, terms.bias, terms.softcap, chunk_tokens)
     if num_tokens is None or num_tokens == len(weight):
         return weight, terms
@@ -173,9 +176,17 @@ def _checked(
     return weight[:num_tokens], terms._replace(bias=None if terms.bias is None else terms.bias[:num_tokens])
 
 
-def _check_both(student: int, teacher: int, cross_entropy: float) -> None:
+def check_cross_entropy(cross_entropy: float) -> None:
+    """Refuse a negative weight of the cross-entropy.
+
+    Raises:
+        ValueError: It is one.
+    """
     if not cross_entropy >= 0.0:
         raise ValueError(f"cross_entropy is {cross_entropy}: give a weight of at least 0")
+
+
+def _check_vocabularies(student: int, teacher: int) -> None:
     if student != teacher:
         raise ValueError(
             f"the student's vocabulary has {student} tokens and the teacher's {teacher}. If one tokenizer's is padded "

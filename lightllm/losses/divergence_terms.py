@@ -116,6 +116,30 @@ DIVERGENCES: dict[str, Callable[[Distributions, float, float], Terms]] = {
 """Each by its name; the arguments are the distributions, alpha and beta."""
 
 
+class PositionTerms(NamedTuple):
+    """What a position's value is made of; the formula is in `linear_divergence`."""
+
+    kind: str
+    temperature: float
+    alpha: float
+    beta: float
+    cross_entropy: float
+
+    def divergence(self, given: Distributions) -> tuple[Tensor, Tensor]:
+        """Return the divergences `[block]` and their gradient by the logits that were divided by the temperature."""
+        values, gradient = DIVERGENCES[self.kind](given, self.alpha, self.beta)
+        if self.temperature != 1.0:
+            values, gradient = values.mul_(self.temperature**2), gradient.mul_(self.temperature**2)
+        return values, gradient
+
+    def hard(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted cross-entropies `[block]` and their gradient by the divided logits."""
+        log_probabilities = torch.log_softmax(logits * self.temperature, dim=1)
+        label = log_probabilities.gather(1, labels[:, None])
+        gradient = log_probabilities.exp_().scatter_add_(1, labels[:, None], torch.full_like(label, -1.0))
+        return label.squeeze(1).mul_(-self.cross_entropy), gradient.mul_(self.cross_entropy * self.temperature)
+
+
 def _expected(student: Tensor, values: Tensor) -> Terms:
     """Return E = sum_j p_j v_j, and p_j (v_j - E); overwrites `values`."""
     weighted = values.mul_(student)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightllm.losses.divergence_terms import DIVERGENCES, Distributions
+from lightllm.losses.divergence_terms import Distributions, PositionTerms
 from lightllm.losses.output_head import LogitOptions, TargetLogits, default_chunk_tokens, softmax_dtype
 from lightllm.losses.position_losses import GradientSums, empty_results
 
@@ -59,7 +59,7 @@ def position_divergences(
             (student_hidden, student_weight, student_bias), (needs_hidden, needs_weight, needs_bias), strict=True
         )
         sums = GradientSums(student, *(tensor if needs else None for tensor, needs in needed))
-        terms = _Terms(kind, temperature, alpha, beta, cross_entropy)
+        terms = PositionTerms(kind, temperature, alpha, beta, cross_entropy)
         values = student_hidden.new_zeros(labels.shape, dtype=softmax_dtype(student_dtype))
         for (chunk, product), (_, teacher_product) in zip(student.chunks(), teacher.chunks(), strict=True):
             blocks = _walk_blocks(student, teacher, chunk, (product, teacher_product), terms, sums)
@@ -83,36 +83,12 @@ def _(
     return empty_results(student_hidden, student_weight, student_bias, labels, student_dtype, *needs)
 
 
-class _Terms(NamedTuple):
-    """What a position's value is made of; the formula is in `linear_divergence`."""
-
-    kind: str
-    temperature: float
-    alpha: float
-    beta: float
-    cross_entropy: float
-
-    def divergence(self, given: Distributions) -> tuple[Tensor, Tensor]:
-        """Return the divergences `[block]` and their gradient by the logits that were divided by the temperature."""
-        values, gradient = DIVERGENCES[self.kind](given, self.alpha, self.beta)
-        if self.temperature != 1.0:
-            values, gradient = values.mul_(self.temperature**2), gradient.mul_(self.temperature**2)
-        return values, gradient
-
-    def hard(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted cross-entropies `[block]` and their gradient by the divided logits."""
-        log_probabilities = torch.log_softmax(logits * self.temperature, dim=1)
-        label = log_probabilities.gather(1, labels[:, None])
-        gradient = log_probabilities.exp_().scatter_add_(1, labels[:, None], torch.full_like(label, -1.0))
-        return label.squeeze(1).mul_(-self.cross_entropy), gradient.mul_(self.cross_entropy * self.temperature)
-
-
 def _walk_blocks(
     student: TargetLogits,
     teacher: TargetLogits,
     chunk: slice,
     products: tuple[Tensor, Tensor],
-    terms: _Terms,
+    terms: PositionTerms,
     sums: GradientSums,
 ) -> Tensor:
     """Return the values `[chunk]`; where gradients are needed, turn the student's product into that by the product.
