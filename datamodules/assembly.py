@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightllm.batch import TextBatch
 from lightllm.datamodules.documents import DocumentSet
-from lightllm.datamodules.loader import PlannedBatches, PlannedLoader
+from lightllm.datamodules.loader import PlannedBatches, PlannedLoader, make_batch
 from lightllm.datamodules.plan import Batches, Rules
 from lightllm.datamodules.preparation import Reading
 from lightllm.datamodules.run_layout import RunLayout, batches_taken
@@ -79,6 +79,22 @@ class Assembly:
         """Batches of at most so many documents, read in this process: once, as in evaluation."""
         chosen = documents if num_documents is None else documents.spread(num_documents)
         return list(replace(self, num_workers=0).plan(chosen, evaluation=True).read(0))
+
+    def draw(self, documents: DocumentSet | None, num_documents: int, seed: int) -> list[TextBatch]:
+        """Documents, or pieces of long ones, drawn at random in rows of an epoch: a row a batch, without padding.
+
+        Raises:
+            ValueError: There are no documents to draw from, or none are to be drawn.
+        """
+        if documents is None:
+            raise ValueError(
+                "calibration draws from the training documents, and these are a stream, or not read yet: set "
+                "data.reading.streaming to false"
+            )
+        if num_documents < 1:
+            raise ValueError(f"{num_documents} documents are none to calibrate on: give at least 1 (64)")
+        rows = self.plan(documents, evaluation=True).plan(0).draw(num_documents, seed)
+        return [make_batch(documents.store, row, self._padding_token) for row in rows]
 
     @property
     def _padding_token(self) -> int:

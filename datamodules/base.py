@@ -44,8 +44,7 @@ class DocumentData(LightningDataModule, ABC):
     Subclasses are dataclasses (`@dataclass(eq=False, kw_only=True)`), so that they inherit the fields, and implement
     `encode`. What they add as fields counts in the cache's key, as does their code.
 
-    The training loader keeps count of epochs and batches itself, and saves its place with this datamodule's state
-    (see `TrainingLoader`): a resumed run goes on with the very batch that it would have seen.
+    A resumed run goes on with the very batch that it would have seen (see `TrainingLoader`).
     """
 
     train: str | list[str] = field(default_factory=list)
@@ -108,12 +107,9 @@ class DocumentData(LightningDataModule, ABC):
         return strings_in(row.values)
 
     def report_rows(self, split: str, first: Row, num_rows: int | None) -> None:
-        """Hook: called on rank zero for each split ("train", "val", "test") with its first row, to say how it is read.
+        """Hook: called on rank zero for each split ("train", "val", "test"), to say how it is read.
 
-        Args:
-            split: the split.
-            first: its first row that could be read.
-            num_rows: the number of its good rows, None when streaming.
+        Its first row that could be read is given, and the number of its good rows; None when streaming.
         """
 
     @property
@@ -176,13 +172,16 @@ class DocumentData(LightningDataModule, ABC):
         documents = self.documents.get(split)
         return [] if documents is None else Assembly.of(self, RunLayout()).excerpt(documents, num_documents)
 
-    def describe_document(self, split: str, document_id: int) -> str:
-        """Where a document of a batch comes from, as `file:line`.
+    def calibration_batches(self, num_documents: int, seed: int = 0) -> list[TextBatch]:
+        """Training documents drawn at random, in rows without padding; as `excerpt`, it disturbs nothing.
 
-        Args:
-            split: "train", "val", "test" or "predict".
-            document_id: One of the batch's `document_ids`.
+        Raises:
+            ValueError: The training data is a stream, or not set up.
         """
+        return Assembly.of(self, RunLayout()).draw(self.documents.get("train"), num_documents, seed)
+
+    def describe_document(self, split: str, document_id: int) -> str:
+        """Where one of the `document_ids` of a batch of "train", "val", "test" or "predict" is from, as `file:line`."""
         return str(self._loaders[self._predicted() if split == "predict" else split].origin(document_id))
 
     @override

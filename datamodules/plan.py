@@ -121,6 +121,23 @@ class Plan:
         widths = np.maximum.reduceat(filled, self.batches[:-1]) if self.width is None else self.width
         return 1 - float(filled.sum() / (widths * np.diff(self.batches)).sum())
 
+    def draw(self, num_pieces: int, seed: int) -> list[BatchPlan]:
+        """Draw rows at random until they hold so many pieces, of which the last row has no more than are missing.
+
+        Returns:
+            A batch for each row, as wide as it is full; fewer pieces where the plan has no more.
+        """
+        drawn = []
+        for row in np.random.default_rng(seed).permutation(len(self.rows) - 1):
+            pieces = slice(self.rows[row], min(self.rows[row + 1], self.rows[row] + num_pieces))
+            size = pieces.stop - pieces.start
+            if not size:
+                break
+            offsets = np.array([0, size])
+            drawn.append(BatchPlan(self.documents[pieces], self.starts[pieces], self.lengths[pieces], offsets, None))
+            num_pieces -= size
+        return drawn
+
 
 def plan_epoch(documents: Integers, lengths: Integers, rules: Rules, epoch: int) -> Plan:
     """Plan an epoch; a million documents take a few seconds.

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from chat_tokenizer import byte_tokenizer
-from data_run import NotingBatches, Print, SaveIn, fit, in_two_processes, ready, targets, text_data, write_rows
+from data_run import (
+    NotingBatches,
+    Print,
+    SaveIn,
+    fit,
+    in_two_processes,
+    print_of,
+    ready,
+    targets,
+    text_data,
+    write_rows,
+)
 from lightning.pytorch import Callback, Trainer
 from tiny_networks import tiny_llama
 from torch.nn.functional import cross_entropy
@@ -235,6 +246,35 @@ def test_an_excerpt_is_the_validation_data_or_some_of_it_and_moves_no_place(tmp_
     assert data.state_dict() == place
     assert torch.equal(torch.get_rng_state(), numbers)
     assert data.excerpt("test") == []
+
+
+@pytest.mark.parametrize("mode", ["packed", "sorted"])
+def test_calibration_draws_training_documents_without_padding_and_moves_no_place(tmp_path: Path, mode: Any) -> None:
+    data = ready(text_data(tmp_path, Batches(mode, tokens=128), reading={"val_fraction": 0.3}))
+    loader = iter(data.train_dataloader())
+    next(loader)
+    place, numbers, following = data.state_dict(), torch.get_rng_state(), [print_of(batch) for batch in loader]
+    data.load_state_dict(place)
+    drawn = data.calibration_batches(7)
+    assert data.state_dict() == place
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert [print_of(batch) for batch in data.train_dataloader()] == following
+    assert sum(int((batch["position_ids"] == 0).sum()) for batch in drawn) == 7
+    train = set(data.train_documents.examples.flatten().tolist())
+    for batch in drawn:
+        assert len(batch["input_ids"]) == 1
+        assert set(batch["document_ids"].unique().tolist()) <= train, "neither padding nor validation data"
+    everything = targets(ready(text_data(tmp_path, reading={"val_fraction": 0.3})).train_dataloader())
+    assert all(count <= everything[target] for target, count in targets(drawn).items())
+    assert [print_of(batch) for batch in data.calibration_batches(7)] == [print_of(batch) for batch in drawn]
+    assert [print_of(batch) for batch in data.calibration_batches(7, seed=1)] != [print_of(batch) for batch in drawn]
+
+
+def test_calibration_is_refused_where_there_is_nothing_to_draw_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"these are a stream.* set data\.reading\.streaming to false"):
+        ready(text_data(tmp_path, reading={"streaming": True})).calibration_batches(4)
+    with pytest.raises(ValueError, match="0 documents are none"):
+        ready(text_data(tmp_path)).calibration_batches(0)
 
 
 def test_tokenizer_is_the_networks_unless_it_is_named(tmp_path: Path) -> None:

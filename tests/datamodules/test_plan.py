@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lightllm.datamodules.plan import Batches, Plan, Rules, plan_epoch
+from lightllm.datamodules.plan import Batches, BatchPlan, Plan, Rules, plan_epoch
 
 Integers = NDArray[np.int64]
 
@@ -178,6 +178,29 @@ def test_sorted_batches_waste_little_and_packed_rows_next_to_nothing() -> None:
     rules = Rules(Batches(tokens=1024), max_length=128, seed=0, split=True)
     plan = plan_epoch(documents, lengths, rules, 0)
     assert plan.padding_share() * plan.lengths.sum() <= 128
+
+
+@ways
+def test_rows_are_drawn_until_they_hold_so_many_pieces(way: dict[str, Any]) -> None:
+    documents, lengths = example_lengths(way)
+    plan = plan_epoch(documents, lengths, rules_of(way, evaluation=True), 0)
+    planned = [list(zip(row.documents, row.starts, row.lengths, strict=True)) for row in one_row_batches(plan)]
+    for seed in (0, 1):
+        drawn = plan.draw(20, seed)
+        rows = [list(zip(row.documents, row.starts, row.lengths, strict=True)) for row in drawn]
+        assert sum(map(len, rows)) == 20
+        assert all(row in planned for row in rows[:-1])
+        assert any(rows[-1] == row[: len(rows[-1])] for row in planned)
+        assert all((row.rows.tolist(), row.width) == ([0, len(row.documents)], None) for row in drawn)
+        assert str(plan.draw(20, seed)) == str(drawn)
+    assert str(plan.draw(20, 0)) != str(plan.draw(20, 1))
+    pieces = len(plan.documents)
+    assert sum(len(row.documents) for row in plan.draw(10 * pieces, 0)) == pieces
+
+
+def one_row_batches(plan: Plan) -> list[BatchPlan]:
+    """Each row of a plan by itself."""
+    return list(replace(plan, batches=np.arange(len(plan.rows))))  # type: ignore[arg-type]
 
 
 def test_padding_share_counts_positions() -> None:
