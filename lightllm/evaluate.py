@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,8 @@ class TextEvaluation:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float | None
-    """Sum of -log2 p(target) per byte of UTF-8 that the targets stand for; None where they stand for none."""
+    """Sum of -log2 p(target) per byte of UTF-8 that the targets stand for; None where they stand for none, or where no
+    tokenizer tells."""
     token_accuracy: float
     """Share of targets that have the highest probability."""
     num_tokens: int
@@ -38,19 +40,20 @@ class TextEvaluation:
 
 
 def evaluate_text(
-    network: nn.Module, tokenizer: PreTrainedTokenizerBase, batches: Iterable[TextBatch]
+    network: nn.Module, tokenizer: PreTrainedTokenizerBase | None, batches: Iterable[TextBatch]
 ) -> TextEvaluation:
     """Measure a network on batches of text; it is left in the mode that it was in.
 
     Args:
         network: A transformers causal language model, a peft model around one, or a user's own.
-        tokenizer: The network's, for the bytes that tokens stand for.
+        tokenizer: The network's, for the bytes that tokens stand for; without one, there are no bits per byte.
         batches: Batches of any size.
 
     Raises:
         ValueError: There is no target in them.
     """
-    table = bytes_per_token(tokenizer, vocabulary_size(network))
+    size = vocabulary_size(network)
+    table = torch.zeros(size, dtype=torch.int64) if tokenizer is None else bytes_per_token(tokenizer, size)
     loss_sum, num_tokens, num_correct, num_bytes = 0.0, 0, 0, 0
     device, head = network_device(network), output_head(network)
     with inference(network):

@@ -29,6 +29,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "flops": ("batch", "models.anatomy"),
     "generate": ("batch", "compression", "losses", "models", "runs"),
     "evaluate": ("batch", "compression", "losses", "models", "runs"),
+    "measure": ("batch", "evaluate", "models"),
+    "plot": (),
     "export": ("batch", "compression", "losses", "models", "runs"),
     "modules": ("batch", "losses", "models", "parallel.parallelize", "runs"),
     "callbacks": (
@@ -39,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "flops",
         "generate",
         "loggers",
+        "measure",
         "models.anatomy",
         "models.inference",
         "runs",
