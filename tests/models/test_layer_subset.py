@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_architectures import tiny_architecture
 from tiny_networks import tiny_llama, token_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightllm.models import BuildRequest, EveryNthLayer
 from lightllm.models.anatomy import blocks
-from lightllm.models.layer_subset import keep_layers
 
 REQUEST = BuildRequest("causal", None)
 
@@ -60,15 +58,6 @@ def test_cached_generation_and_a_saved_copy_agree(folder: str, tmp_path) -> None
     torch.testing.assert_close(loaded(tokens, use_cache=False).logits, expected)
 
 
-def test_what_the_configuration_says_of_each_layer_goes_with_it() -> None:
-    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    network = tiny_architecture("gemma2", num_hidden_layers=4, layer_types=types)
-    keep_layers(network, [0, 3])
-    assert network.config.layer_types == ["sliding_attention", "full_attention"]
-    gpt2 = keep_layers(tiny_architecture("gpt2"), [1])
-    assert gpt2.config.n_layer == 1
-
-
 def test_it_is_a_pretrained_network(folder: str) -> None:
     network = EveryNthLayer(folder, 2)
     assert network.tokenizer_source == folder
@@ -84,7 +73,3 @@ def test_what_is_refused(folder: str) -> None:
         EveryNthLayer(folder, 2, -1)
     with pytest.raises(ValueError, match=r"first is 7, and .* has 7 layers"):
         EveryNthLayer(folder, 2, 7).build(REQUEST)
-    # The first layers of this one are dense, by number, and the others have experts.
-    network = tiny_architecture("deepseek_v3", num_hidden_layers=3, first_k_dense_replace=1)
-    with pytest.raises(ValueError, match="gives layers different parts by their number"):
-        keep_layers(network, [1, 2])
