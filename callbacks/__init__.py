@@ -17,6 +17,7 @@ from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
 from lightllm.callbacks.shared_run_folder import SharedRunFolder
 from lightllm.callbacks.throughput import Throughput
+from lightllm.callbacks.transforming import Transforming
 
 __all__ = [
     "BeforeAndAfter",
@@ -38,4 +39,5 @@ __all__ = [
     "SampleGenerations",
     "SharedRunFolder",
     "Throughput",
+    "Transforming",
 ]

@@ -53,6 +53,12 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(complete, key=lambda path: complete[path], default=None)
 
 
+def read_entry(path: str | Path, key: str, default: Any) -> Any:
+    """Read one entry of a checkpoint, beside which no weight is loaded; `default` where it has none."""
+    file = Path(path) / SHARDED_METADATA if Path(path).is_dir() else Path(path)
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get(key, default)
+
+
 def alias_checkpoint(path: str | Path, name: str) -> Path:
     """Give a checkpoint a second name in its folder in one move, on one disk space; a former one of that name goes.
 

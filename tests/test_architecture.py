@@ -31,6 +31,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "models.hidden_states",
         "models.inference",
         "models.layer_removal",
+        "models.lora_linear",
+        "models.low_bit",
+        "models.plain_tensors",
+        "models.transformation",
     ),
     "parallel": ("batch", "models.anatomy"),
     "flops": ("batch", "models.anatomy"),
@@ -51,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "measure",
         "models.anatomy",
         "models.inference",
+        "models.transformation",
         "runs",
     ),
     "datamodules": ("batch", "models.chat_template", "models.load"),
@@ -63,6 +68,7 @@ TYPES_ONLY: dict[str, tuple[str, ...]] = {"callbacks": ("modules", "datamodules"
 
 SHARED_WITHIN: dict[str, tuple[str, ...]] = {
     "modules": (
+        "modules.agreement",
         "modules.base",
         "modules.build",
         "modules.checkpointing",
@@ -70,6 +76,7 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.inner_losses",
         "modules.parameter_groups",
         "modules.run_length",
+        "modules.scale_in_place",
         "modules.schedule",
         "modules.token_metrics",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightllm.callbacks import Checkpoint
-from lightllm.checkpoint_io import newest_checkpoint
+from lightllm.checkpoint_io import newest_checkpoint, read_entry
 from lightllm.cli.command import TrainingCommand
 from lightllm.cli.configs import found_configs
 from lightllm.cli.errors import run_explained
@@ -30,6 +30,7 @@ def _fit(arguments: list[str]) -> int:
         arguments = ["--config", str(run.config), *arguments]
     command = TrainingCommand("fit", found_configs(arguments), run, go_on=resume == AUTO)
     checkpoint = None if command.is_new else newest_checkpoint(command.run_folder.checkpoints)
+    _read_records(command, checkpoint)
     try:
         command.write_config()
         rank_zero_info(_beginning(command, checkpoint))
@@ -50,6 +51,7 @@ def _measure(verb: str, arguments: list[str]) -> int:
     elif not arguments:
         raise ValueError(f"name the run folder first: lightllm {verb} RUN")
     command = TrainingCommand(verb, found_configs(arguments), run)
+    _read_records(command, checkpoint)
     rank_zero_info(f"weights: {checkpoint or 'as the network comes'}")
     getattr(command.trainer, verb)(
         command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True
@@ -57,6 +59,12 @@ def _measure(verb: str, arguments: list[str]) -> int:
     if verb == "predict":
         rank_zero_info(f"written: {command.run_folder.predictions}")
     return 0
+
+
+def _read_records(command: TrainingCommand, checkpoint: Path | None) -> None:
+    """Have the network built as the checkpoint's was: Lightning reads it when that is done."""
+    if checkpoint is not None:
+        command.model.records = read_entry(checkpoint, "transformations", {})
 
 
 def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.low_bit import dequantized_weight, is_low_bit
 from lightllm.models.module_copy import copy_without_hooks
+from lightllm.models.plain_tensors import StandsForPlain
 
 
 def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -102,7 +103,9 @@ def _on_meta(base: PreTrainedModel, config: object) -> PreTrainedModel:
 
 def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Name and value of all that is saved of a module and its children, through peft's layers to what they compute."""
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, StandsForPlain):
+        yield from ((prefix + name, tensor) for name, tensor in module.plain_tensors().items())
+    elif isinstance(module, BaseTunerLayer):
         assert isinstance(module, nn.Module)
         yield from ((prefix + name, tensor) for name, tensor in _tuned_layer(module).items())
     elif isinstance(module, ModulesToSaveWrapper):

@@ -7,6 +7,7 @@ from lightllm.models.layer_subset import EveryNthLayer
 from lightllm.models.load import load_tokenizer, resolve_checkpoint
 from lightllm.models.network import BuildRequest, Network
 from lightllm.models.pretrained import Pretrained
+from lightllm.models.transformation import Record, Transformation, TransformationKind
 
 __all__ = [
     "Adapter",
@@ -23,7 +24,10 @@ __all__ = [
     "Pretrained",
     "PromptTuning",
     "QLoRA",
+    "Record",
     "RsLoRA",
+    "Transformation",
+    "TransformationKind",
     "load_tokenizer",
     "resolve_checkpoint",
 ]

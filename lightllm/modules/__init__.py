@@ -1,7 +1,6 @@
 """Objectives: what a network is trained towards, one a file."""
 
 from lightllm.modules.base import LanguageModule, Loss
-from lightllm.modules.build import Transformation, TransformationKind
 from lightllm.modules.causal import CausalPretraining, FineTuning
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import HiddenStateLoss, RelationLoss
@@ -18,6 +17,4 @@ __all__ = [
     "PreferenceTuning",
     "RelationLoss",
     "Schedule",
-    "Transformation",
-    "TransformationKind",
 ]

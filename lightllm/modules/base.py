@@ -9,10 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -21,16 +20,19 @@ from typing_extensions import override
 from lightllm.batch import IGNORE_INDEX, TextBatch
 from lightllm.losses import linear_log_probabilities, linear_token_statistics
 from lightllm.models.adapters import Adapter, Full
-from lightllm.models.anatomy import max_positions, output_head, vocabulary_size
-from lightllm.models.hidden_states import check_packing, hidden_states
+from lightllm.models.anatomy import output_head, vocabulary_size
+from lightllm.models.hidden_states import hidden_states
 from lightllm.models.load import load_tokenizer
 from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.token_bytes import bytes_per_token
-from lightllm.modules.build import BuildPlan, Transformation, build_network, on_meta
+from lightllm.models.transformation import Record, Transformation
+from lightllm.modules.agreement import check_agreement
+from lightllm.modules.build import BuildPlan, build_network
 from lightllm.modules.checkpointing import check_restored, without_restorable_weights
 from lightllm.modules.heap import keep_freed_memory
 from lightllm.modules.parameter_groups import parameter_groups
 from lightllm.modules.run_length import total_optimizer_steps
+from lightllm.modules.scale_in_place import scale_in_place
 from lightllm.modules.schedule import Schedule
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
 
@@ -91,7 +93,10 @@ class LanguageModule(LightningModule, ABC):
         self.plan = BuildPlan(network, adapter, self.task, gradient_checkpointing, compile)
         self.optimizer: OptimizerCallable = optimizer or adamw
         self.schedule = schedule or Schedule()
-        self.transformations: list[Transformation] = []
+        self.transformations: dict[str, Transformation] = {}
+        self.records: dict[str, Record] = {}
+        """What the transformations did, by their names: read from a checkpoint before the network is built again."""
+        self._repeated: set[str] = set()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.network: nn.Module | None = None
         self.metrics = self.new_metrics()
@@ -115,8 +120,8 @@ class LanguageModule(LightningModule, ABC):
         return self.network
 
     def register_transformation(self, transformation: Transformation) -> None:
-        """Have the build pipeline change the network; to be called from a callback's `setup`."""
-        self.transformations.append(transformation)
+        """Have the build pipeline change the network; to be called from a callback's `setup`, before the module's."""
+        self.transformations[transformation.name] = transformation
 
     @abstractmethod
     def criterion(self, hidden: Tensor, batch: TextBatch) -> Loss:
@@ -144,22 +149,19 @@ class LanguageModule(LightningModule, ABC):
         if self.network is not None:
             return
         request = BuildRequest(self.task, self.tokenizer, self.plan.adapter.quantization)
-        self.network = build_network(self.plan, request, self.transformations)
-        self._check_agreement()
+        self._repeated = set(self.records)
+        self.network = build_network(self.plan, request, self._due_transformations(), self.records)
+        length = getattr(getattr(self._trainer, "datamodule", None), "max_length", None)
+        check_agreement(self.network, self.tokenizer, length, self._rows_are_packed())
 
-    def _check_agreement(self) -> None:
-        """Refuse data that the network cannot take: its tokenizer, its rows' length, documents packed in a row."""
-        network = self.built_network
-        if self.tokenizer is not None and len(self.tokenizer) > vocabulary_size(network):
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and the network embeds {vocabulary_size(network)}: "
-                "they do not belong together; leave data.tokenizer out to take the network's own"
-            )
-        length, limit = getattr(getattr(self._trainer, "datamodule", None), "max_length", None), max_positions(network)
-        if length is not None and limit is not None and length > limit:
-            raise ValueError(f"data.max_length is {length}, but the network has positions for {limit} only: lower it")
-        if self._rows_are_packed() and not on_meta(network):
-            check_packing(network)
+    def _due_transformations(self) -> list[Transformation]:
+        """All when a run begins or is read back; a network that is measured as it comes has lost no part yet."""
+        begins = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        return [
+            one
+            for one in self.transformations.values()
+            if begins or not one.kind.before_adapter or one.name in self.records
+        ]
 
     def _rows_are_packed(self) -> bool:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -263,26 +265,34 @@ class LanguageModule(LightningModule, ABC):
         scheduler = schedule.scheduler(optimizer, total_optimizer_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def _restorable(self) -> bool:
+        """Whether the frozen weights of another build would be these."""
+        return self.plan.network.restorable and not any(
+            one.changes_frozen_weights for one in self.transformations.values()
+        )
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.plan.network.restorable:
+        checkpoint["transformations"] = self.records
+        if self._restorable:
             checkpoint["state_dict"] = without_restorable_weights(self, checkpoint["state_dict"])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._build_as(checkpoint.get("transformations", {}))
         state: Mapping[str, Tensor] = checkpoint["state_dict"]
-        check_restored(self, state, frozen_may_miss=self.plan.network.restorable)
+        check_restored(self, state, frozen_may_miss=self._restorable)
 
-
-def scale_in_place(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiply tensors of any dtype, on any device and distributed in any way, by one number."""
-    alike: dict[tuple[torch.device, torch.dtype, DeviceMesh | None], list[Tensor]] = {}
-    for tensor in tensors:
-        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        alike.setdefault((tensor.device, tensor.dtype, mesh), []).append(tensor)
-    for (device, dtype, _), group in alike.items():
-        if dtype in (torch.float32, torch.float64):
-            torch._foreach_mul_(group, factor.to(device, dtype))  # one kernel instead of one for every tensor
-        else:  # whose kernel wants a number of their own dtype, which would be rounded
-            for tensor in group:
-                tensor.mul_(factor.to(device, torch.float32))
+    def _build_as(self, records: dict[str, Record]) -> None:
+        """Build the network once more, as the checkpoint's was, unless its records were known when it was built."""
+        if self._repeated == set(records):
+            return
+        if self._trainer is not None and self.trainer.strategy.restore_checkpoint_after_setup:
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} loads a checkpoint when it is too late to change the network: "
+                "set module.records to checkpoint_io.read_entry(checkpoint, 'transformations', {}) first, as "
+                "lightllm fit --resume does"
+            )
+        self.network, self.records = None, records
+        self.configure_model()

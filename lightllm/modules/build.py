@@ -1,10 +1,9 @@
-"""The build pipeline: network, adapter, transformations, compile, always in this order."""
+"""The build pipeline: network, its structure and rank, adapter, masks and quantizers, compile; always in this order."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from enum import IntEnum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -15,22 +14,7 @@ from lightllm.models.anatomy import blocks, check_head, decoder, output_head, un
 from lightllm.models.document_attention import BY_DOCUMENT
 from lightllm.models.hidden_states import check_causal
 from lightllm.models.network import BuildRequest, Network, Task
-
-
-class TransformationKind(IntEnum):
-    """In what order transformations are applied, whatever the order in which they were registered."""
-
-    STRUCTURE = 0
-    LOW_RANK = 1
-    MASK = 2
-    FAKE_QUANTIZATION = 3
-
-
-class Transformation(NamedTuple):
-    """A change to the network, registered by a callback's `setup` and applied in the build pipeline."""
-
-    kind: TransformationKind
-    apply: Callable[[nn.Module], nn.Module]
+from lightllm.models.transformation import Record, Transformation, apply_transformations
 
 
 class BuildPlan(NamedTuple):
@@ -43,23 +27,35 @@ class BuildPlan(NamedTuple):
     compile: bool
 
 
-def build_network(plan: BuildPlan, request: BuildRequest, transformations: list[Transformation]) -> nn.Module:
-    """Build, adapt, transform and compile a network.
+def build_network(
+    plan: BuildPlan,
+    request: BuildRequest,
+    transformations: Sequence[Transformation] = (),
+    records: dict[str, Record] | None = None,
+) -> nn.Module:
+    """Build, transform, adapt and compile a network.
+
+    Args:
+        plan: What it is made of.
+        request: What the objective asks of it.
+        transformations: Changes to it, in any order.
+        records: Of an earlier build of the same run, by which changes are repeated; those of this one are added.
 
     Raises:
         ValueError: A part refuses the one before it; the message says why.
     """
+    records = {} if records is None else records
     network = plan.network.build(request)
     if isinstance(network, PreTrainedModel):
         # Without a cache, restarting positions keep packed documents apart; with one, they leak silently.
         network.config.use_cache = False
     if plan.task == "causal" and not on_meta(network):
         _check_causal_network(network)
+    apply_transformations(network, transformations, records, before_adapter=True)
     network = plan.adapter.attach(network)
     if plan.task == "causal":
         output_head(network)  # which refuses an adapter on it
-    for transformation in sorted(transformations, key=lambda one: one.kind):
-        network = transformation.apply(network)
+    apply_transformations(network, transformations, records, before_adapter=False)
     if plan.gradient_checkpointing:
         checkpoint_gradients(network)
     if plan.compile:

@@ -110,19 +110,24 @@ class Distillation(LanguageModule):
 
     @override
     def configure_model(self) -> None:
-        super().configure_model()
-        if self.teacher is not None or self._trainer is None:
+        if self.network is not None:
             return
+        super().configure_model()
+        if self._trainer is None:
+            return
+        self.teacher = self.teacher or self._build_teacher()
+        self.inner.join(self.built_network, self.teacher)
+
+    def _build_teacher(self) -> nn.Module:
         plan = BuildPlan(self.teacher_network, Full(), self.task, False, self.plan.compile)
         request = BuildRequest(self.task, self.tokenizer, _quantization(self.teacher_bits))
-        teacher = build_network(plan, request, []).requires_grad_(False)
+        teacher = build_network(plan, request).requires_grad_(False)
         if self._rows_are_packed() and not on_meta(teacher):
             check_packing(teacher)
         source = self.teacher_network.tokenizer_source
         if self.tokenizer is not None and source is not None:
             _check_tokenizers(self.tokenizer, load_tokenizer(source))
-        self.inner.join(self.built_network, teacher)
-        self.teacher = teacher
+        return teacher
 
     @override
     def forward(self, batch: TextBatch) -> Tensor:

@@ -98,7 +98,7 @@ class PreferenceTuning(LanguageModule):
         if self.reference is None and not has_adapter(self.built_network):
             request = BuildRequest(self.task, self.tokenizer)
             plan = self.plan._replace(adapter=Full(), gradient_checkpointing=False)
-            self.reference = build_network(plan, request, transformations=[]).requires_grad_(False)
+            self.reference = build_network(plan, request).requires_grad_(False)
             if not self.plan.network.restorable:  # random weights: another build would be another network
                 self.reference.load_state_dict(self.built_network.state_dict())
 

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from lightllm.batch import IGNORE_INDEX, Document, TextBatch, pad_documents
 from lightllm.models import FromModule, LoRA, Prefix, Pretrained, PromptTuning
 from lightllm.modules import CausalPretraining, FineTuning, LanguageModule, Schedule
-from lightllm.modules.base import scale_in_place
 from lightllm.modules.run_length import total_optimizer_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -228,13 +227,6 @@ def test_eight_bit_optimizer_on_a_processor(tmp_path: Path) -> None:
     (optimizer,) = module.trainer.optimizers
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8, torch.float32}
     assert noting.losses[-1] < 0.7 * noting.losses[0]
-
-
-def test_numbers_scale_whatever_they_are() -> None:
-    tensors = [torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
-    scale_in_place([*tensors, torch.ones(2, device="meta")], torch.tensor(0.25))
-    assert all(torch.equal(tensor, torch.full((3,), 0.25, dtype=tensor.dtype)) for tensor in tensors)
-    scale_in_place([], torch.tensor(0.25))
 
 
 def fit_ddp(index: int, folder: Path, port: int) -> None:

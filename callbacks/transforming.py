@@ -1,0 +1,30 @@
+"""Transforming: what all callbacks that change the network have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback, Trainer
+from typing_extensions import override
+
+from lightllm.models.transformation import Transformation
+
+if TYPE_CHECKING:
+    from lightllm.modules.base import LanguageModule
+
+
+class Transforming(Callback, ABC):
+    """A callback that changes the network as it is built.
+
+    Whoever reads a run back (`export`, `generate`, …) makes the run's callbacks of this kind again and registers
+    their transformations, without a trainer: `transformation` may need none, and calibrates in `apply` only.
+    """
+
+    @abstractmethod
+    def transformation(self) -> Transformation:
+        """The change."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
+        pl_module.register_transformation(self.transformation())
