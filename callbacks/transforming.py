@@ -25,6 +25,13 @@ class Transforming(Callback, ABC):
     def transformation(self) -> Transformation:
         """The change."""
 
+    def announce(self, pl_module: LanguageModule) -> None:
+        """Say that what this callback does on a schedule is done; to be called once, right after the last of it.
+
+        What is done while the network is built, before its adapter, is announced by the build pipeline.
+        """
+        pl_module.announcements.make(self.transformation().name, pl_module.built_network)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
         pl_module.register_transformation(self.transformation())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -52,8 +51,7 @@ def evaluate_text(
     Raises:
         ValueError: There is no target in them.
     """
-    size = vocabulary_size(network)
-    table = torch.zeros(size, dtype=torch.int64) if tokenizer is None else bytes_per_token(tokenizer, size)
+    table = bytes_per_token(tokenizer, vocabulary_size(network))
     loss_sum, num_tokens, num_correct, num_bytes = 0.0, 0, 0, 0
     device, head = network_device(network), output_head(network)
     with inference(network):

@@ -21,14 +21,14 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """A space in a sentencepiece vocabulary."""
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Tensor:
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None = None) -> Tensor:
     """UTF-8 bytes that each token stands for; special tokens stand for none.
 
     Byte-level BPE counts exactly: summed over a text's tokens, it is the text's bytes. Sentencepiece counts the space
     that it puts before a text too. WordPiece counts neither spaces nor what its normalization drops.
 
     Args:
-        tokenizer: Any transformers tokenizer.
+        tokenizer: Any transformers tokenizer; without one, no token is known to stand for anything.
         vocab_size: Rows of the network's embedding, where they are more than the tokenizer's tokens.
 
     Returns:
@@ -37,6 +37,8 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None =
     Raises:
         ValueError: The tokenizer has more tokens than `vocab_size`.
     """
+    if tokenizer is None:
+        return torch.zeros(vocab_size or 0, dtype=torch.int64)
     num_tokens = len(tokenizer)
     if vocab_size is not None and vocab_size < num_tokens:
         raise ValueError(f"the tokenizer has {num_tokens} tokens, more than the network's {vocab_size}")

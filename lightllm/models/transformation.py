@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -60,8 +60,28 @@ class Transformation(ABC):
         """
 
 
+class Announcements:
+    """Who is told when a step of changing the network is done, so that it can be measured at that moment."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[str, nn.Module], None]] = []
+
+    def listen(self, listener: Callable[[str, nn.Module], None]) -> None:
+        """Have a function called with the name of each step and the network as the step left it."""
+        self._listeners.append(listener)
+
+    def make(self, step: str, network: nn.Module) -> None:
+        """Say that a step is done: `dense` before all others, the name of a transformation, `trained` at the end."""
+        for listener in self._listeners:
+            listener(step, network)
+
+
 def apply_transformations(
-    network: nn.Module, transformations: Iterable[Transformation], records: dict[str, Record], before_adapter: bool
+    network: nn.Module,
+    transformations: Iterable[Transformation],
+    records: dict[str, Record],
+    before_adapter: bool,
+    announcements: Announcements | None = None,
 ) -> None:
     """Make the changes on one side of the adapter, in the order of their kinds; those of one kind as they came.
 
@@ -70,9 +90,13 @@ def apply_transformations(
         transformations: Of both sides.
         records: By name, of an earlier build; those of this one are added.
         before_adapter: Which side.
+        announcements: Told of what is done before the adapter, for the first time; the rest is a matter of schedules.
     """
     for one in sorted(transformations, key=lambda one: one.kind):
         if one.kind.before_adapter == before_adapter:
-            record = one.apply(network, records.get(one.name))
+            earlier = records.get(one.name)
+            record = one.apply(network, earlier)
             if record is not None:
                 records[one.name] = record
+            if announcements is not None and before_adapter and earlier is None:
+                announcements.make(one.name, network)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from lightllm.models.hidden_states import hidden_states
 from lightllm.models.load import load_tokenizer
 from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.token_bytes import bytes_per_token
-from lightllm.models.transformation import Record, Transformation
+from lightllm.models.transformation import Announcements, Record, Transformation
 from lightllm.modules.agreement import check_agreement
 from lightllm.modules.build import BuildPlan, build_network
 from lightllm.modules.checkpointing import check_restored, without_restorable_weights
@@ -96,6 +96,7 @@ class LanguageModule(LightningModule, ABC):
         self.transformations: dict[str, Transformation] = {}
         self.records: dict[str, Record] = {}
         """What the transformations did, by their names: read from a checkpoint before the network is built again."""
+        self.announcements = Announcements()
         self._repeated: set[str] = set()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.network: nn.Module | None = None
@@ -150,7 +151,7 @@ class LanguageModule(LightningModule, ABC):
             return
         request = BuildRequest(self.task, self.tokenizer, self.plan.adapter.quantization)
         self._repeated = set(self.records)
-        self.network = build_network(self.plan, request, self._due_transformations(), self.records)
+        self.network = build_network(self.plan, request, self._due_transformations(), self.records, self.announcements)
         length = getattr(getattr(self._trainer, "datamodule", None), "max_length", None)
         check_agreement(self.network, self.tokenizer, length, self._rows_are_packed())
 
@@ -194,6 +195,10 @@ class LanguageModule(LightningModule, ABC):
             scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor)
         self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
         self._step = torch.zeros_like(self._step)
+
+    @override
+    def on_train_end(self) -> None:  # after every callback's, which may be the last to change the network
+        self.announcements.make("trained", self.built_network)
 
     def _batch_is_step(self) -> bool:
         """Whether a batch is a whole optimizer step, so that its weight is the step's and is known before backward."""
@@ -240,11 +245,7 @@ class LanguageModule(LightningModule, ABC):
     def _token_bytes(self) -> Tensor:
         """UTF-8 bytes per token id, `[vocab]`; zeros where there is no tokenizer."""
         if "_bytes_per_token" not in dict(self.named_buffers(recurse=False)):
-            size = vocabulary_size(self.built_network)
-            table = torch.zeros(size, dtype=torch.int64)
-            if self.tokenizer is not None:
-                known = bytes_per_token(self.tokenizer)
-                table[: len(known)] = known
+            table = bytes_per_token(self.tokenizer, vocabulary_size(self.built_network))
             self.register_buffer("_bytes_per_token", table.to(self.device), persistent=False)
         return self.get_buffer("_bytes_per_token")
 
@@ -281,8 +282,7 @@ class LanguageModule(LightningModule, ABC):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._build_as(checkpoint.get("transformations", {}))
-        state: Mapping[str, Tensor] = checkpoint["state_dict"]
-        check_restored(self, state, frozen_may_miss=self._restorable)
+        check_restored(self, checkpoint["state_dict"], frozen_may_miss=self._restorable)
 
     def _build_as(self, records: dict[str, Record]) -> None:
         """Build the network once more, as the checkpoint's was, unless its records were known when it was built."""

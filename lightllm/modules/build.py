@@ -14,7 +14,7 @@ from lightllm.models.anatomy import blocks, check_head, decoder, output_head, un
 from lightllm.models.document_attention import BY_DOCUMENT
 from lightllm.models.hidden_states import check_causal
 from lightllm.models.network import BuildRequest, Network, Task
-from lightllm.models.transformation import Record, Transformation, apply_transformations
+from lightllm.models.transformation import Announcements, Record, Transformation, apply_transformations
 
 
 class BuildPlan(NamedTuple):
@@ -32,6 +32,7 @@ def build_network(
     request: BuildRequest,
     transformations: Sequence[Transformation] = (),
     records: dict[str, Record] | None = None,
+    announcements: Announcements | None = None,
 ) -> nn.Module:
     """Build, transform, adapt and compile a network.
 
@@ -40,6 +41,7 @@ def build_network(
         request: What the objective asks of it.
         transformations: Changes to it, in any order.
         records: Of an earlier build of the same run, by which changes are repeated; those of this one are added.
+        announcements: Told of the network as it comes, and of what is done to it here for the first time.
 
     Raises:
         ValueError: A part refuses the one before it; the message says why.
@@ -51,7 +53,9 @@ def build_network(
         network.config.use_cache = False
     if plan.task == "causal" and not on_meta(network):
         _check_causal_network(network)
-    apply_transformations(network, transformations, records, before_adapter=True)
+    if announcements is not None:
+        announcements.make("dense", network)
+    apply_transformations(network, transformations, records, before_adapter=True, announcements=announcements)
     network = plan.adapter.attach(network)
     if plan.task == "causal":
         output_head(network)  # which refuses an adapter on it

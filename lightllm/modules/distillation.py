@@ -127,6 +127,7 @@ class Distillation(LanguageModule):
         source = self.teacher_network.tokenizer_source
         if self.tokenizer is not None and source is not None:
             _check_tokenizers(self.tokenizer, load_tokenizer(source))
+        self.announcements.make("teacher", teacher)
         return teacher
 
     @override

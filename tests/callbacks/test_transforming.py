@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from command_line import lightllm, save_chats, save_small_network, settle_in
+from lightning.pytorch import Callback, Trainer
 from tiny_objective import Batches, MeasuredBatches, adamw, cut, documents, scratch
 from tiny_run import tiny_trainer
 from torch import nn
@@ -83,6 +84,24 @@ def test_a_run_is_what_it_was_made_when_it_is_resumed_and_read_back(
     lightllm("export", "run")
     assert [record is None for record in BUILDS] == [True, False, False, False, False]
     assert 'num_hidden_layers": 1' in (tmp_path / "run/export/config.json").read_text()
+
+
+def test_steps_are_announced_as_they_are_done_and_the_end_behind_every_callback(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    class Listening(Callback):
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            pl_module.announcements.listen(
+                lambda step, network: told.append((step, trainer.global_step, len(blocks(network))))
+            )
+
+    class Ending(FirstBlock):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            self.announce(pl_module)
+
+    trainer = tiny_trainer(tmp_path, [Listening(), Ending()], max_steps=2)
+    trainer.fit(FineTuning(scratch(), optimizer=adamw()), Batches(cut(documents(), [6, 6])))
+    assert told == [("dense", 0, 2), ("FirstBlock", 0, 1), ("FirstBlock", 2, 1), ("trained", 2, 1)]
 
 
 def test_from_python_the_network_is_built_again_when_a_checkpoint_says_what_it_was(tmp_path: Path) -> None:

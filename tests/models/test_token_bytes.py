@@ -30,6 +30,7 @@ def test_special_tokens_and_rows_without_a_token_count_nothing() -> None:
     assert torch.equal(table[: len(tokenizer)], bytes_per_token(tokenizer))
     with pytest.raises(ValueError, match="more than the network's 10"):
         bytes_per_token(tokenizer, vocab_size=10)
+    assert bytes_per_token(None, vocab_size=10).tolist() == [0] * 10
 
 
 def test_sentencepiece_counts_its_first_space_and_single_bytes() -> None:

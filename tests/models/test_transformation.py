@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightllm.models import Record, Transformation, TransformationKind
-from lightllm.models.transformation import apply_transformations
+from lightllm.models.transformation import Announcements, apply_transformations
 
 
 class Noting(Transformation):
@@ -38,3 +38,18 @@ def test_those_of_one_kind_come_as_they_were_registered() -> None:
     registered = [Noting(name, TransformationKind.MASK) for name in ("b", "a")]
     apply_transformations(network, registered, {}, before_adapter=False)
     assert [name for name, _ in network.named_children()] == ["0_b", "1_a"]
+
+
+def test_what_is_done_before_the_adapter_is_announced_when_it_is_done_for_the_first_time() -> None:
+    announcements, told = Announcements(), []
+    announcements.listen(lambda step, network: told.append((step, [name for name, _ in network.named_children()])))
+    kinds = [TransformationKind.MASK, TransformationKind.LOW_RANK, TransformationKind.STRUCTURE]
+    registered = [Noting(kind.name, kind) for kind in kinds]
+    network = nn.Sequential()
+    apply_transformations(network, registered, {}, before_adapter=True, announcements=announcements)
+    apply_transformations(network, registered, {}, before_adapter=False, announcements=announcements)
+    assert told == [("STRUCTURE", ["0_STRUCTURE"]), ("LOW_RANK", ["0_STRUCTURE", "1_LOW_RANK"])]
+    records: dict[str, Record] = {"LOW_RANK": {"times": 0}}
+    told.clear()
+    apply_transformations(nn.Sequential(), registered, records, before_adapter=True, announcements=announcements)
+    assert [step for step, _ in told] == ["STRUCTURE"]
