@@ -16,6 +16,7 @@ from lightllm.callbacks.random_state import RandomState
 from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
 from lightllm.callbacks.shared_run_folder import SharedRunFolder
+from lightllm.callbacks.structured_pruning import StructuredPruning
 from lightllm.callbacks.throughput import Throughput
 from lightllm.callbacks.transforming import Transforming
 
@@ -38,6 +39,7 @@ __all__ = [
     "RewindMetrics",
     "SampleGenerations",
     "SharedRunFolder",
+    "StructuredPruning",
     "Throughput",
     "Transforming",
 ]

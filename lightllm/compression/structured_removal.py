@@ -13,7 +13,7 @@ from lightllm.models.layer_removal import keep_layers
 
 
 class Kept(NamedTuple):
-    """What stays of a network: indices, ascending, counted from 0 in the network as it was."""
+    """What stays of a network: indices (int32), ascending, counted from 0 in the network as it was."""
 
     layers: Tensor
     """`[layers]`."""
@@ -31,10 +31,10 @@ def everything(structure: Structure) -> Kept:
     """All of it stays."""
     layers, heads, neurons, channels = structure.sizes
     return Kept(
-        torch.arange(layers),
-        torch.arange(heads).repeat(layers, 1),
-        torch.arange(neurons).repeat(layers, 1),
-        torch.arange(channels),
+        torch.arange(layers, dtype=torch.int32),
+        torch.arange(heads, dtype=torch.int32).repeat(layers, 1),
+        torch.arange(neurons, dtype=torch.int32).repeat(layers, 1),
+        torch.arange(channels, dtype=torch.int32),
         torch.ones(2 * layers + 1),
     )
 

@@ -171,8 +171,9 @@ def test_taylor_is_weight_times_gradient_of_each_batchs_mean_loss(tied: bool) ->
 def test_measuring_leaves_the_network_as_it_was(importance: Importance) -> None:
     network = network_of("qwen3").train().requires_grad_(False)
     network.model.norm.weight.requires_grad_(True)
-    before = deepcopy(network.state_dict())
+    before, numbers = deepcopy(network.state_dict()), torch.get_rng_state()
     scores(structure_of(network), importance, packed())
+    assert torch.equal(torch.get_rng_state(), numbers)
     assert network.training
     assert [name for name, one in network.named_parameters() if one.requires_grad] == ["model.norm.weight"]
     assert all(one.grad is None for one in network.parameters())
