@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
 import sys
 
@@ -35,9 +34,8 @@ def test_steps_that_allocate_the_same_again_fault_no_more_pages() -> None:
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
         for how in ("keep", "default")
     }
-    pages_a_step = 4 * 2**24 / resource.getpagesize()
-    assert faults["default"] > 10 * pages_a_step
-    assert faults["keep"] < 2 * pages_a_step
+    # How many pages a fault brings is up to the kernel and what memory it has free, so the numbers say nothing alone.
+    assert faults["keep"] * 10 < faults["default"]
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
