@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightllm.compression.effective_weight import EffectiveLayer
+from lightllm.compression.rounded_lora import ThinFactors, rounded_lora_linear
 from lightllm.models.lora_linear import LoraLinear
 
 
@@ -21,9 +22,19 @@ class EffectiveLoraLinear(LoraLinear, EffectiveLayer):
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        effect = self.effect
-        weight = self._merged(torch.float32 if effect.rounds else self.base.weight.dtype)
-        return nn.functional.linear(effect.inputs(x), effect(weight).to(self.base.weight.dtype), self.base.bias)
+        effect, base = self.effect, self.base
+        if not effect.rounds and effect.masking is None:
+            return super().forward(x, *args, **kwargs)
+        x = effect.inputs(x)
+        factors = self._thin_factors()
+        if factors is not None and effect.is_straight_through and not base.weight.requires_grad:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            with torch.no_grad():
+                rounded = effect(self.merged_weight())
+            return rounded_lora_linear(x, rounded, base.bias, factors)
+        weight = self._merged(torch.float32 if effect.rounds else base.weight.dtype)
+        return nn.functional.linear(x, effect(weight).to(base.weight.dtype), base.bias)
 
     @property
     @override
@@ -35,17 +46,30 @@ class EffectiveLoraLinear(LoraLinear, EffectiveLayer):
     @override
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        return self._merged(torch.float32).to(torch.float32, copy=True)
+        weight = self.base.weight.to(torch.float32, copy=True)
+        factors = self._thin_factors()
+        if factors is None:
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight.addmm_(factors.up.float(), factors.down.float(), alpha=factors.scale)
 
     def _merged(self, dtype: torch.dtype) -> Tensor:
-        name = self._plain_adapter()
+        """The same with its gradients, in `dtype`; autocast would round it before the grid does."""
         weight = self.base.weight.to(dtype)
-        if name is None:
+        factors = self._thin_factors()
+        if factors is None:
             return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight, factors.up.to(dtype), factors.down.to(dtype), alpha=factors.scale)
+
+    def _thin_factors(self) -> ThinFactors | None:
+        name = self._plain_adapter()
+        if name is None:
+            return None
         up, down = self.lora_B[name].weight, self.lora_A[name].weight
         assert isinstance(up, Tensor)
         assert isinstance(down, Tensor)
-        return torch.addmm(weight, up.to(dtype), down.to(dtype), alpha=self.scaling[name])
+        return ThinFactors(up, down, self.scaling[name])
 
 
 def as_effective_lora(name: str, layer: nn.Module) -> None:

@@ -21,6 +21,8 @@ class FakeQuantizer(nn.Module, ABC):
 
     enabled: bool = True
     """Whether anything is rounded."""
+    is_straight_through: bool = False
+    """Whether the gradient of the rounded weight is that of the weight as it is."""
 
     @abstractmethod
     def weight(self, weight: Tensor) -> Tensor:
@@ -78,6 +80,11 @@ class WeightEffect(nn.Module):
     def rounds(self) -> bool:
         """Whether a fake quantizer is at work."""
         return self.fake_quantizer is not None and self.fake_quantizer.enabled
+
+    @property
+    def is_straight_through(self) -> bool:
+        """Whether the gradient of the effective weight is that of the merged weight as it is."""
+        return self.masking is None and (self.fake_quantizer is None or self.fake_quantizer.is_straight_through)
 
     @override
     def forward(self, weight: Tensor) -> Tensor:

@@ -28,9 +28,13 @@ class Grid(ABC):
     def integers(self, values: Tensor, scales: Tensor) -> Tensor:
         """The integers of values `[..., n]` with the scales `[..., 1]`: whole numbers in a new float tensor."""
 
-    @abstractmethod
     def values(self, integers: Tensor, scales: Tensor) -> Tensor:
         """What the integers `[..., n]` stand for; `integers` is overwritten."""
+        return integers.mul_(self.stored_scales(scales))
+
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        """Scales as the format keeps them, by which integers are multiplied."""
+        return scales
 
     def round(self, values: Tensor, scales: Tensor) -> Tensor:
         """The grid's values in place of `[..., n]`, with the scales `[..., 1]` of `scales`."""
@@ -95,10 +99,6 @@ class SymmetricGrid(Grid):
         return (values * (1.0 / scales)).round_().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     @override
-    def values(self, integers: Tensor, scales: Tensor) -> Tensor:
-        return integers.mul_(scales)
-
-    @override
     def round_weight(self, weight: Tensor, scales: Tensor | None = None) -> Tensor:
         return super().round_weight(weight, scales).to(weight.dtype)
 
@@ -130,8 +130,8 @@ class Q4_0Grid(Grid):
         return shifted.floor_().clamp_(0, 15).sub_(8)  # trunc would be the same, and is fifty times as slow
 
     @override
-    def values(self, integers: Tensor, scales: Tensor) -> Tensor:
-        return integers.mul_(scales.half().float())
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        return scales.half().float()
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Q8_0Grid(Grid):
         return torch.copysign(whole, scaled, out=whole)
 
     @override
-    def values(self, integers: Tensor, scales: Tensor) -> Tensor:
-        return integers.mul_(scales.half().float())
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        return scales.half().float()
 
 
 def _reciprocal(scales: Tensor) -> Tensor:
