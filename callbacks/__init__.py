@@ -8,17 +8,21 @@ from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightllm.callbacks.interruption import Interrupted, Interruption
 from lightllm.callbacks.keep_tokenizer import KeepTokenizer
 from lightllm.callbacks.loss_spike import LossSpike
+from lightllm.callbacks.magnitude_pruning import MagnitudePruning
 from lightllm.callbacks.network_size import NetworkSize
 from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
 from lightllm.callbacks.predictions import Predictions
 from lightllm.callbacks.progress_bar import ProgressBar
+from lightllm.callbacks.pruning import Pruning
 from lightllm.callbacks.random_state import RandomState
 from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
 from lightllm.callbacks.shared_run_folder import SharedRunFolder
+from lightllm.callbacks.sparse_gpt_pruning import SparseGPTPruning
 from lightllm.callbacks.structured_pruning import StructuredPruning
 from lightllm.callbacks.throughput import Throughput
 from lightllm.callbacks.transforming import Transforming
+from lightllm.callbacks.wanda_pruning import WandaPruning
 
 __all__ = [
     "BeforeAndAfter",
@@ -30,16 +34,20 @@ __all__ = [
     "Interruption",
     "KeepTokenizer",
     "LossSpike",
+    "MagnitudePruning",
     "NetworkSize",
     "NonFiniteLoss",
     "NonFiniteLossError",
     "Predictions",
     "ProgressBar",
+    "Pruning",
     "RandomState",
     "RewindMetrics",
     "SampleGenerations",
     "SharedRunFolder",
+    "SparseGPTPruning",
     "StructuredPruning",
     "Throughput",
     "Transforming",
+    "WandaPruning",
 ]

@@ -44,6 +44,11 @@ def unlogged_metrics(trainer: Trainer) -> tuple[dict[str, Any], int] | None:
     return {"epoch": trainer.current_epoch, **metrics}, trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step by which Lightning logs what comes of the current batch; of the next one, before its first."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def record_position(trainer: Trainer, state: dict[str, Any]) -> None:
     """Rewrite the fit loop's state, as it is about to be saved, into one of the two forms.
 
