@@ -2,6 +2,7 @@
 
 from lightllm.callbacks.before_and_after import BeforeAndAfter
 from lightllm.callbacks.checkpoint import Checkpoint
+from lightllm.callbacks.compression_ledger import CompressionLedger
 from lightllm.callbacks.export_best import ExportBest
 from lightllm.callbacks.gradient_norm import GradientNorm
 from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -27,6 +28,7 @@ from lightllm.callbacks.wanda_pruning import WandaPruning
 __all__ = [
     "BeforeAndAfter",
     "Checkpoint",
+    "CompressionLedger",
     "ExportBest",
     "GradientNorm",
     "GradualUnfreezing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,10 +118,15 @@ def measure_file(path: Path, test: GenerationTest | None = None, batches: Sequen
 
 def measure_network(network: PreTrainedModel, test: GenerationTest, beside: Path) -> Measurement:
     """Write a plain network into the folder `beside` for a moment, and measure its generation from there."""
-    with TemporaryDirectory(prefix=".measured-", dir=beside) as folder:
+    folder = beside / ".measured"
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir(parents=True)
+    try:
         with no_progress_bars():
             network.save_pretrained(folder)
-        return measure_file(Path(folder), test)
+        return measure_file(folder, test)
+    finally:
+        shutil.rmtree(folder)
 
 
 def answer() -> None:

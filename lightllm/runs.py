@@ -19,6 +19,7 @@ class RunFolder:
         metrics.csv         one row a logged step
         samples.jsonl       generations during validation
         predictions.jsonl   what `lightllm predict` found
+        ledger.jsonl        what each step of compression cost, a row a step
         tokenizer/          the data's tokenizer
         checkpoints/        step=….ckpt, best.ckpt, last.ckpt
         export/             the last export, a Hugging Face folder
@@ -46,6 +47,11 @@ class RunFolder:
         return self.path / "predictions.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """The rows of the compression ledger."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def tokenizer(self) -> Path:
         """The folder of the data's tokenizer."""
         return self.path / "tokenizer"
@@ -59,6 +65,15 @@ class RunFolder:
     def export(self) -> Path:
         """The folder of the last export."""
         return self.path / "export"
+
+    @property
+    def whole_exports(self) -> list[Path]:
+        """The whole models that lie in the folder, by name: Hugging Face folders and GGUF files."""
+        folders = {file.parent for name in ("*.safetensors", "*.bin") for file in self.path.glob(f"*/{name}")}
+        return sorted(
+            [*(one for one in folders if (one / "config.json").is_file()), *self.path.glob("*.gguf")],
+            key=lambda path: path.name,
+        )
 
     @property
     def exists(self) -> bool:
@@ -95,6 +110,7 @@ class RunFolder:
         if self.metrics.exists() or self.checkpoints.exists():
             return
         self.config.unlink(missing_ok=True)
+        self.ledger.unlink(missing_ok=True)
         with suppress(OSError):  # there is something else in it, which stays
             self.path.rmdir()
 

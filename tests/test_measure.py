@@ -46,6 +46,8 @@ def test_a_folder_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_generation_alone_leaves_nothing_behind(tmp_path: Path) -> None:
     network, numbers = tiny_llama(), torch.get_rng_state()
+    (tmp_path / ".measured").mkdir()
+    (tmp_path / ".measured" / "model.safetensors").write_text("half of a file, by a process that was killed")
     found = measure_network(network, TEST, tmp_path)
     assert found.loss is None
     assert found.tokens_per_second is not None

@@ -108,3 +108,21 @@ def test_where_things_are() -> None:
     run = RunFolder("runs/a")
     assert run.predictions == Path("runs/a/predictions.jsonl")
     assert (run.tokenizer, run.export) == (Path("runs/a/tokenizer"), Path("runs/a/export"))
+
+
+def test_whole_models_in_the_folder_are_exports(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    for name in ("export", "thin", "adapter", "checkpoints", "tokenizer"):
+        (run.path / name).mkdir()
+    for name in ("export/config.json", "export/model.safetensors", "thin/config.json", "thin/model-1.safetensors"):
+        (run.path / name).touch()
+    for name in ("thin/model-2.safetensors", "adapter/adapter_model.safetensors", "tokenizer/config.json", "q.gguf"):
+        (run.path / name).touch()
+    assert [path.name for path in run.whole_exports] == ["export", "q.gguf", "thin"]
+
+
+def test_a_folder_that_is_given_back_keeps_no_ledger(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.ledger.write_text("{}\n")
+    run.release()
+    assert not run.path.exists()

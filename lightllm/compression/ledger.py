@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class LedgerRow:
     def key(self) -> tuple[str, int | None]:
         """By what a row is found: there is one of each key."""
         return self.step, self.training_step
+
+    def shows_the_network_of(self, other: LedgerRow) -> bool:
+        """Whether both are rows of the same network, as far as its weights and its loss tell."""
+        names = ("parameters", "nonzero_parameters", "weight_bytes", "loss", "target_tokens")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def bits_per_weight(self) -> float:
@@ -120,9 +126,11 @@ class Ledger:
         if len(kept) < len(self.rows):
             self._write(kept)
 
-    def clear(self) -> None:
-        """Drop everything: a run begins."""
-        self.path.unlink(missing_ok=True)
+    def keep(self, keys: Collection[tuple[str, int | None]]) -> None:
+        """Drop all rows but those of some keys: what an earlier run left in the folder."""
+        kept = [row for row in self.rows if row.key in keys]
+        if len(kept) < len(self.rows):
+            self._write(kept)
 
     def _write(self, rows: list[LedgerRow]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,21 @@ def test_a_resumed_run_writes_later_rows_again(tmp_path: Path) -> None:
     assert ledger.rows == [DENSE, PRUNED, FILE]
     ledger.rewind(6)
     assert ledger.rows == [DENSE, FILE]
-    ledger.clear()
-    assert ledger.rows == []
-    ledger.clear()
+
+
+def test_what_an_earlier_run_left_is_dropped(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.keep([DENSE.key])
+    for row in (DENSE, PRUNED, FILE):
+        ledger.add(row)
+    ledger.keep([PRUNED.key, ("trained", 9)])
+    assert ledger.rows == [PRUNED]
+
+
+def test_the_same_network_is_known_by_its_weights_and_its_loss() -> None:
+    assert DENSE.shows_the_network_of(replace(DENSE, tokens_per_second=None, step="teacher", device=None))
+    for change in ({"loss": 2.0000001}, {"nonzero_parameters": 999}, {"weight_bytes": 2000}, {"target_tokens": 49}):
+        assert not DENSE.shows_the_network_of(replace(DENSE, **change))
 
 
 def test_a_line_that_is_no_row_is_told_by_its_place(tmp_path: Path) -> None:
