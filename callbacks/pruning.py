@@ -161,6 +161,8 @@ class Pruning(Transforming, ABC):
             self.prune(module, self._layers, self.pattern or sparsity)
             self._report(trainer)
         self._pruned_at = step
+        if step == self._schedule.last:
+            self.announce(module)
 
     def _report(self, trainer: Trainer) -> None:
         """Log the sparsity of each layer and of all together, as that of the step that was just done."""

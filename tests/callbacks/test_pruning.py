@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_architectures import small_fields
 from tiny_objective import Batches, MeasuredBatches, adamw, cut, documents, objective, scratch
 from tiny_run import tiny_trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -228,6 +228,33 @@ class NotingLogger(DummyLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         if "sparsity" in metrics:
             self.rows.append((step, dict(metrics)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"sparsity": 0.5}, (0, 0.5)),
+        ({"pattern": "2:4", "begin": 3}, (3, 0.5)),
+        ({"sparsity": 0.75, "schedule": "cubic", "begin": 1, "end": 5, "every_n_steps": 2}, (5, 0.75)),
+    ],
+)
+def test_the_last_pruning_is_announced_as_soon_as_it_is_done(
+    tmp_path: Path, fields: dict[str, Any], expected: tuple[int, float]
+) -> None:
+    told: list[tuple[str, int, float]] = []
+
+    class Listening(Callback):
+        @override
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            def note(step: str, network: nn.Module) -> None:
+                layers = effective_layers(network).values()
+                masked, size = sum(map(num_masked, layers)), sum(layer.base.weight.numel() for layer in layers)
+                told.append((step, trainer.global_step, masked / size if size else 0.0))
+
+            pl_module.announcements.listen(note)
+
+    fit(tmp_path, [Listening(), LastPruning(**fields)])
+    assert told == [("dense", 0, 0.0), ("LastPruning", *expected), ("trained", 8, expected[1])]
 
 
 def test_sparsity_is_logged_whenever_weights_are_pruned(tmp_path: Path) -> None:
