@@ -24,6 +24,7 @@ VERBS = {
     "validate": Verb("lightllm.cli.training", "measure a run on its validation data"),
     "test": Verb("lightllm.cli.training", "measure a run on its test data"),
     "predict": Verb("lightllm.cli.training", "write each document's loss or generation as JSON lines"),
+    "teach": Verb("lightllm.cli.teach", "ask a teacher once about a run's data, so that training does without it"),
     "generate": Verb("lightllm.cli.plain", "continue a prompt with a run's or an exported model"),
     "chat": Verb("lightllm.cli.plain", "talk to a run's or an exported model in the terminal"),
     "export": Verb("lightllm.cli.plain", "write a run as a Hugging Face folder, an adapter or a GGUF file"),

@@ -44,6 +44,7 @@ USAGE = {
     "       lightllm fit --resume RUN | auto [--any.field VALUE …]",
     "validate": "lightllm validate RUN [--any.field VALUE …]",
     "test": "lightllm test RUN [--any.field VALUE …]",
+    "teach": "lightllm teach --config FILE [--any.field VALUE …]",
     "predict": "lightllm predict RUN [--predictions.what losses | generations] [--any.field VALUE …]",
 }
 
@@ -71,7 +72,7 @@ class TrainingCommand(LightningCLI):
     """Parses a configuration and makes its parts; a run folder, checkpoints and metrics belong to all of them.
 
     Args:
-        verb: fit, validate, test or predict.
+        verb: fit, validate, test, predict or teach.
         arguments: The command line after the verb.
         run: The run that is resumed or measured; None starts a new one.
         go_on: If the run that the configuration names was begun before, it is that which is resumed.

@@ -12,6 +12,7 @@ from lightllm.checkpoint_io import newest_checkpoint, read_entry
 from lightllm.cli.command import TrainingCommand
 from lightllm.cli.configs import found_configs
 from lightllm.cli.errors import run_explained
+from lightllm.cli.teach import naming_the_command
 from lightllm.runs import RunFolder
 
 AUTO = "auto"
@@ -34,7 +35,8 @@ def _fit(arguments: list[str]) -> int:
     try:
         command.write_config()
         rank_zero_info(_beginning(command, checkpoint))
-        command.trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
+        with naming_the_command(arguments):
+            command.trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
     finally:
         command.release()
     _say_what_next(command)
@@ -53,9 +55,9 @@ def _measure(verb: str, arguments: list[str]) -> int:
     command = TrainingCommand(verb, found_configs(arguments), run)
     _read_records(command, checkpoint)
     rank_zero_info(f"weights: {checkpoint or 'as the network comes'}")
-    getattr(command.trainer, verb)(
-        command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True
-    )
+    measure = getattr(command.trainer, verb)
+    with naming_the_command(arguments):
+        measure(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
     if verb == "predict":
         rank_zero_info(f"written: {command.run_folder.predictions}")
     return 0

@@ -85,18 +85,50 @@ def resolve_checkpoint(name: str) -> str:
     Raises:
         ValueError: See `check_checkpoint_name`; or a GGUF file cannot be read.
     """
-    check_checkpoint_name(name)
-    if name in PACKAGED_MODELS:
-        packaged = PACKAGED_MODELS[name]
-        spec = importlib.util.find_spec(packaged.package)
-        assert spec is not None
-        assert spec.origin is not None
-        path = Path(spec.origin).parent / packaged.path
-    else:
-        path = Path(name).expanduser()
+    path = _located(name)
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted_gguf(path))
     return str(path) if path.is_dir() else name
+
+
+def checkpoint_digest(name: str) -> str:
+    """A digest of a checkpoint's configuration and weights, wherever it lies; a hub id stands for itself.
+
+    All of it is read: a second for a few hundred megabytes.
+
+    Args:
+        name: As in `resolve_checkpoint`.
+
+    Raises:
+        ValueError: See `check_checkpoint_name`.
+    """
+    path = _located(name)
+    if not path.exists():
+        return name
+    names = ("config.json", "*.safetensors", "*.bin")
+    files = [path] if path.is_file() else sorted({file for one in names for file in path.glob(one)})
+    digest = hashlib.sha256()
+    for file in files:
+        _update(digest, file)
+    return digest.hexdigest()
+
+
+def _located(name: str) -> Path:
+    """The folder or file of a checkpoint; a path that does not exist, of a hub id."""
+    check_checkpoint_name(name)
+    if name not in PACKAGED_MODELS:
+        return Path(name).expanduser()
+    packaged = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(packaged.package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / packaged.path
+
+
+def _update(digest: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -121,9 +153,7 @@ def _converted_gguf(file: Path) -> Path:
     Two processes that need it at once make it once: the second waits for the first.
     """
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
+    _update(digest, file)
     folder = cache_folder() / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder

@@ -1,6 +1,7 @@
 """Objectives: what a network is trained towards, one a file."""
 
 from lightllm.modules.base import LanguageModule, Loss
+from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import HiddenStateLoss, RelationLoss
@@ -17,4 +18,5 @@ __all__ = [
     "PreferenceTuning",
     "RelationLoss",
     "Schedule",
+    "TeacherCache",
 ]

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
-from lightllm.losses import Divergence, LogitTerms, linear_divergence
-from lightllm.models.adapters import Adapter, Full, QLoRA
+from lightllm.losses import Divergence, LogitTerms, linear_divergence, linear_top_token_divergence
+from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import output_head
-from lightllm.models.hidden_states import check_packing, hidden_states
+from lightllm.models.hidden_states import hidden_states
 from lightllm.models.inner_states import InnerStates
-from lightllm.models.load import load_tokenizer
-from lightllm.models.network import BuildRequest, Network
+from lightllm.models.network import Network
 from lightllm.modules.base import LanguageModule, Loss
-from lightllm.modules.build import BuildPlan, build_network, on_meta
+from lightllm.modules.cached_teacher import Answers, CachedTeacher, TeacherCache, check_cachable
 from lightllm.modules.inner_losses import HiddenStateLoss, InnerLosses, RelationLoss
+from lightllm.modules.teacher_network import build_teacher
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
+from lightllm.teaching.key import Lesson
 
 
 class DistillationMetrics(TokenMetrics):
@@ -61,10 +62,12 @@ class Distillation(LanguageModule):
         hard_loss: Weight of the cross-entropy on the labels.
         hidden_states: Compare hidden states too; between other widths, learned projections lead to the teacher's.
         relations: Compare relations in attention too.
+        cached: Ask the teacher once, by `lightllm teach`, and train without it: several times faster. Nothing but the
+            likeliest tokens is known of it then, so some kinds of divergence and losses on inner states are refused.
         common: The other fields of `LanguageModule`.
 
     Raises:
-        ValueError: A weight is negative, or nothing is named to be compared.
+        ValueError: A weight is negative, nothing is named to be compared, or a cached teacher cannot say what is asked.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Distillation(LanguageModule):
         hard_loss: float = 0.0,
         hidden_states: HiddenStateLoss | None = None,
         relations: RelationLoss | None = None,
+        cached: TeacherCache | None = None,
         **common: Any,
     ) -> None:
         super().__init__(network, adapter, **common)
@@ -87,8 +91,13 @@ class Distillation(LanguageModule):
         self.teacher_bits = teacher_bits
         self.divergence = divergence or Divergence()
         self.hard_loss = hard_loss
+        self.cached = cached
+        if cached is not None:
+            live = {"hidden_states": hidden_states, "relations": relations}
+            check_cachable(self.divergence.kind, teacher, live)
         self.inner = InnerLosses(hidden_states, relations)
         self.teacher: nn.Module | None = None
+        self.predictions: CachedTeacher | None = None
         self._student_states = InnerStates({}, {})
 
     @property
@@ -115,20 +124,32 @@ class Distillation(LanguageModule):
         super().configure_model()
         if self._trainer is None:
             return
-        self.teacher = self.teacher or self._build_teacher()
+        if self.cached is not None:
+            if self.trainer.state.fn != TrainerFn.PREDICTING:
+                data = getattr(self.trainer, "datamodule", None)
+                self.predictions = CachedTeacher.open(self.lesson(), self.cached, data)
+            return
+        self.teacher = self.teacher or self.build_teacher()
         self.inner.join(self.built_network, self.teacher)
 
-    def _build_teacher(self) -> nn.Module:
-        plan = BuildPlan(self.teacher_network, Full(), self.task, False, self.plan.compile)
-        request = BuildRequest(self.task, self.tokenizer, _quantization(self.teacher_bits))
-        teacher = build_network(plan, request).requires_grad_(False)
-        if self._rows_are_packed() and not on_meta(teacher):
-            check_packing(teacher)
-        source = self.teacher_network.tokenizer_source
-        if self.tokenizer is not None and source is not None:
-            _check_tokenizers(self.tokenizer, load_tokenizer(source))
+    def build_teacher(self) -> nn.Module:
+        """The teacher itself, for whoever trains beside it or asks it beforehand."""
+        packed, compile = self._rows_are_packed(), self.plan.compile
+        teacher = build_teacher(self.teacher_network, self.tokenizer, self.teacher_bits, packed, compile)
         self.announcements.make("teacher", teacher)
         return teacher
+
+    def lesson(self) -> Lesson:
+        """What a cached teacher is asked, once the network is built.
+
+        Raises:
+            ValueError: The teacher is not cached.
+        """
+        if self.cached is None:
+            raise ValueError("the teacher is not cached: set model.init_args.cached, such as {k: 64}")
+        vocabulary = len(output_head(self.built_network).weight)
+        temperature = self.divergence.temperature
+        return Lesson(self.teacher_network, self.teacher_bits, self.cached.k, temperature, vocabulary)
 
     @override
     def forward(self, batch: TextBatch) -> Tensor:
@@ -137,9 +158,8 @@ class Distillation(LanguageModule):
 
     @override
     def criterion(self, hidden: Tensor, batch: TextBatch) -> Loss:
-        with self.inner.watch_teacher(self.built_teacher) as teacher_states:
-            teacher_hidden = self._teacher_hidden(batch)
-        divergence = self._divergence(hidden, teacher_hidden, batch["labels"], self.hard_loss)
+        known, teacher_states = self._ask(batch, "train")
+        divergence = self._divergence(hidden, known, batch["labels"], self.hard_loss)
         inner = self.inner(self._student_states, teacher_states, batch)
         self._student_states = InnerStates({}, {})
         return Loss(divergence + inner, (batch["labels"] != IGNORE_INDEX).sum())
@@ -154,31 +174,35 @@ class Distillation(LanguageModule):
         self._student_states = InnerStates({}, {})
         self.measure_tokens(hidden, batch)
         assert isinstance(self.metrics, DistillationMetrics)
-        teacher_hidden = self._teacher_hidden(batch)
-        self.metrics.add_divergence(self._divergence(hidden, teacher_hidden, batch["labels"]))
+        known, _ = self._ask(batch, "test" if self.trainer.testing else "val")
+        self.metrics.add_divergence(self._divergence(hidden, known, batch["labels"]))
 
     @torch.no_grad()
-    def _teacher_hidden(self, batch: TextBatch) -> Tensor:
-        """The teacher's last hidden states `[batch, seq, teacher's hidden]`."""
+    def _ask(self, batch: TextBatch, split: str) -> tuple[Tensor | Answers, InnerStates]:
+        """The teacher's last hidden states `[batch, seq, teacher's hidden]`, or what was kept of its predictions."""
+        if self.predictions is not None:
+            return self.predictions.answers(batch, split), InnerStates({}, {})
+        teacher = self.built_teacher
         # It does not drop units out: it is one function, not a sample of many. Between its calls it is in the mode
         # of all the rest, because Lightning warns of a fit that begins otherwise.
-        self.built_teacher.eval()
-        hidden = hidden_states(self.built_teacher, batch)
-        self.built_teacher.train(self.training)
-        return hidden
+        teacher.eval()
+        with self.inner.watch_teacher(teacher) as states:
+            hidden = hidden_states(teacher, batch)
+        teacher.train(self.training)
+        return hidden.to(output_head(teacher).weight.dtype), states
 
-    def _divergence(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, hard_loss: float = 0.0) -> Tensor:
+    def _divergence(self, hidden: Tensor, known: Tensor | Answers, labels: Tensor, hard_loss: float = 0.0) -> Tensor:
         """The sum over target tokens. Vocabularies padded to two sizes are compared on what both have."""
-        student, teacher = output_head(self.built_network), output_head(self.built_teacher)
-        sizes = len(student.weight), len(teacher.weight)
-        return linear_divergence(
-            *(hidden, student.weight, teacher_hidden.to(teacher.weight.dtype), teacher.weight, labels),
-            **vars(self.divergence),
-            cross_entropy=hard_loss,
-            num_tokens=None if sizes[0] == sizes[1] else min(sizes),
-            student=LogitTerms(*student[1:]),
-            teacher=LogitTerms(*teacher[1:]),
-        )
+        student, options = output_head(self.built_network), {**vars(self.divergence), "cross_entropy": hard_loss}
+        terms = LogitTerms(*student[1:])
+        if isinstance(known, Answers):
+            size = known.vocabulary
+            given = (hidden, student.weight, known.tokens, labels)
+            return linear_top_token_divergence(*given, num_tokens=size, student=terms, **options)
+        teacher = output_head(self.built_teacher)
+        size = min(len(student.weight), len(teacher.weight))
+        pairs = (hidden, student.weight, known, teacher.weight, labels)
+        return linear_divergence(*pairs, num_tokens=size, student=terms, teacher=LogitTerms(*teacher[1:]), **options)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -198,26 +222,3 @@ class Distillation(LanguageModule):
         elif self.teacher_network.restorable:
             state |= {name: value for name, value in self.state_dict().items() if name.startswith("teacher.")}
         super().on_load_checkpoint(checkpoint | {"state_dict": state})
-
-
-def _quantization(bits: Literal[4, 8] | None) -> BitsAndBytesConfig | None:
-    if bits is None:
-        return None
-    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else QLoRA().quantization
-
-
-def _check_tokenizers(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:
-    """Refuse tokenizers that give a number to different tokens; one may have more tokens than the other.
-
-    Raises:
-        ValueError: They do: no divergence would compare the same tokens.
-    """
-    tokens = {index: token for token, index in theirs.get_vocab().items()}
-    for token, index in sorted(ours.get_vocab().items(), key=lambda item: item[1]):
-        if tokens.get(index, token) != token:
-            raise ValueError(
-                f"token {index} is {token!r} in the data's tokenizer and {tokens[index]!r} in the teacher's, so their "
-                "predictions cannot be compared token by token: leave data.tokenizer out with a student from scratch "
-                "(FromConfig) or of the teacher's layers (EveryNthLayer), take a teacher with the student's "
-                "tokenizer, or train on the teacher's answers as text (FineTuning)"
-            )

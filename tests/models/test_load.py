@@ -13,7 +13,7 @@ from tiny_networks import TEXT, tiny_llama, tiny_tokenizer, token_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightllm.models import BuildRequest, Pretrained, load, load_tokenizer, resolve_checkpoint
-from lightllm.models.load import PACKAGED_MODELS, cache_folder, check_checkpoint_name
+from lightllm.models.load import PACKAGED_MODELS, cache_folder, check_checkpoint_name, checkpoint_digest
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
 
@@ -191,3 +191,22 @@ def test_a_language_model_from_a_package(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         best = network(input_ids=ids).logits[0, -1].argmax()
     assert tokenizer.decode(best) == " Paris"
+
+
+def test_digests_of_checkpoints(tmp_path: Path, gguf_file: Path) -> None:
+    torch.manual_seed(0)
+    network = tiny_llama()
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
+    for folder in (first, second):
+        network.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    assert checkpoint_digest(first) == checkpoint_digest(second)
+    (tmp_path / "second" / "README.md").write_text("says nothing of the weights")
+    assert checkpoint_digest(first) == checkpoint_digest(second)
+    network.model.norm.weight.data += 1e-3
+    network.save_pretrained(second)
+    assert checkpoint_digest(first) != checkpoint_digest(second)
+    assert checkpoint_digest(str(gguf_file)) not in {checkpoint_digest(first), checkpoint_digest(second)}
+    assert checkpoint_digest("owner/name") == "owner/name"
+    with pytest.raises(ValueError, match="no such model file or folder"):
+        checkpoint_digest("./nowhere")

@@ -1,0 +1,1 @@
+"""Teachers that have spoken already: what they predict for a run's target tokens, kept on disk."""
