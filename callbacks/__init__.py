@@ -15,6 +15,7 @@ from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
 from lightllm.callbacks.predictions import Predictions
 from lightllm.callbacks.progress_bar import ProgressBar
 from lightllm.callbacks.pruning import Pruning
+from lightllm.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightllm.callbacks.random_state import RandomState
 from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
@@ -43,6 +44,7 @@ __all__ = [
     "Predictions",
     "ProgressBar",
     "Pruning",
+    "QuantizationAwareTraining",
     "RandomState",
     "RewindMetrics",
     "SampleGenerations",

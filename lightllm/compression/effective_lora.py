@@ -43,6 +43,11 @@ class EffectiveLoraLinear(LoraLinear, EffectiveLayer):
         assert isinstance(base, nn.Linear)
         return base
 
+    @property
+    @override
+    def rounded_dtype(self) -> torch.dtype:
+        return torch.float32  # in which a small update is not lost beside the weight
+
     @override
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

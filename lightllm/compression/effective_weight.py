@@ -114,10 +114,22 @@ class EffectiveLayer(StandsForPlain):
     def merged_weight(self) -> Tensor:
         """`W + s B A`, `[out, in]` in float32, detached and its own memory."""
 
+    @property
+    @abstractmethod
+    def rounded_dtype(self) -> torch.dtype:
+        """Of the merged weight as it comes to be rounded."""
+
+    @torch.no_grad()
+    def masked_weight(self) -> Tensor:
+        """`M * (W + s B A)`, `[out, in]` in `rounded_dtype`, detached."""
+        weight = self.merged_weight().to(self.rounded_dtype)
+        masked: Tensor = weight if self.effect.masking is None else self.effect.masking(weight)
+        return masked
+
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """`Q(M * (W + s B A))`, `[out, in]` in float32, detached."""
-        return self.effect(self.merged_weight()).float()
+        return self.effect.quantized(self.masked_weight()).float()
 
     @torch.no_grad()
     def write_merged(self, weight: Tensor) -> None:
@@ -171,6 +183,11 @@ class EffectiveLinear(nn.Linear, EffectiveLayer):
     @override
     def base(self) -> nn.Linear:
         return self
+
+    @property
+    @override
+    def rounded_dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     @override
     def merged_weight(self) -> Tensor:

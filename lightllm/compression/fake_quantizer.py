@@ -157,6 +157,12 @@ def fake_quantize(network: nn.Module, scheme: Scheme, leave_out: list[str]) -> d
     return layers
 
 
+def grid_quantizer(layer: EffectiveLayer) -> GridFakeQuantizer | None:
+    """What rounds a layer to a grid; None if nothing does, or if it is switched off."""
+    quantizer = layer.effect.fake_quantizer
+    return quantizer if isinstance(quantizer, GridFakeQuantizer) and quantizer.enabled else None
+
+
 def straight_through(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function(values)`, whose gradient is taken for that of `values`."""
     rounded: Tensor = _StraightThrough.apply(values, function)
