@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightllm.batch import TextBatch
+from lightllm.callbacks.calibrating import calibration_batches
 from lightllm.callbacks.transforming import Transforming
 from lightllm.compression.structured import StructuredRemoval
 from lightllm.compression.structured_importance import Importance
@@ -39,7 +40,7 @@ class StructuredPruning(Transforming):
         importance: activation: how much a unit adds to the residual stream, and by how much a layer turns it (block
             influence); taylor: the first-order change of the loss, |weight x gradient|; magnitude: the squares of the
             weights, without data.
-        calibration_documents: How many training documents it is measured on.
+        num_documents: Documents of the training data to measure it on.
         leave_out: Layers that stay in any case, counted from 0; -1 is the last.
 
     Raises:
@@ -54,12 +55,10 @@ class StructuredPruning(Transforming):
         channels: int | float = 0,
         parameters: float | None = None,
         importance: Importance = "activation",
-        calibration_documents: int = 128,
+        num_documents: int = 64,
         leave_out: Sequence[int] = (),
     ) -> None:
-        if calibration_documents < 1:
-            raise ValueError(f"calibration_documents is {calibration_documents}: give at least 1")
-        self.calibration_documents = calibration_documents
+        self.num_documents = num_documents
         self._trainer: Trainer | None = None
         removal = Removal(layers, heads, neurons, channels, parameters)
         self._removal = StructuredRemoval(type(self).__name__, removal, importance, leave_out, self._calibration)
@@ -82,11 +81,5 @@ class StructuredPruning(Transforming):
         self._trainer = None
 
     def _calibration(self) -> list[TextBatch]:
-        draw = getattr(getattr(self._trainer, "datamodule", None), "calibration_batches", None)
-        if draw is None:
-            raise ValueError(
-                "StructuredPruning measures what matters on the run's training documents, and there is no datamodule "
-                "that gives some: fit with one of lightllm.datamodules, or take importance: magnitude"
-            )
-        batches: list[TextBatch] = draw(self.calibration_documents)
-        return batches
+        assert self._trainer is not None  # without one, a network is built by the record of an earlier build
+        return calibration_batches(self._trainer, self.num_documents)
