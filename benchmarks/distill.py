@@ -3,8 +3,10 @@
     python benchmarks/distill.py --train chats.jsonl [--peer-python PYTHON_WITH_TRL]
 
 Each side runs in a process of its own, TRL's by `--peer-python`: 64 chats in 8 optimizer steps of 8, all of the
-student trains, forward KL at temperature 1 on answers only, bfloat16 weights on both sides. Training time is from the
-first step to the last; memory is the process's peak. The last line is JSON: our figures over TRL's.
+student trains, forward KL at temperature 1 on answers only, bfloat16 weights on both sides; ours once with a live
+teacher and once with a cached one, which a process before asks. Training time is from the first step to the last;
+memory is the process's peak. Both sides count the answers' tokens; TRL also the line break behind each
+answer, one a chat. The last line is JSON: our examples/s over TRL's, and our peak memory over TRL's.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS, ROWS_PER_STEP, STEP, LEARNING_RATE, MAX_LENGTH = 64, 8, 3, 1e-4, 512
+ROWS, ROWS_PER_STEP, STEP, LEARNING_RATE, MAX_LENGTH, K = 64, 8, 3, 1e-4, 512, 64
 NAME = "smollm2-135m-instruct"
 
 
@@ -30,23 +32,51 @@ def first_rows(file: Path, folder: Path) -> str:
     return str(copy)
 
 
-def ours(train: str) -> dict[str, Any]:
-    """One run of lightllm, from Python."""
+def parts(train: str, cache: str | None) -> tuple[Any, Any]:
+    """The objective and the data of our side; with a cached teacher, whose answers are in a folder, or a live one."""
     import torch
-    from lightning.pytorch import Callback, Trainer
 
     from lightllm.datamodules import Batches, ChatData, Reading
     from lightllm.models import EveryNthLayer, Pretrained
-    from lightllm.modules import Distillation, Schedule
+    from lightllm.modules import Distillation, Schedule, TeacherCache
+
+    torch.manual_seed(0)
+    module = Distillation(
+        EveryNthLayer(NAME, STEP, dtype="bfloat16"),
+        teacher=Pretrained(NAME, dtype="bfloat16"),
+        cached=None if cache is None else TeacherCache(K, cache),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
+        schedule=Schedule("constant"),
+    )
+    batches = Batches("packed", documents=ROWS_PER_STEP)
+    return module, ChatData(train, max_length=MAX_LENGTH, batches=batches, reading=Reading(val_fraction=0.0))
+
+
+def asked(train: str, cache: str) -> dict[str, Any]:
+    """Ask the teacher once."""
+    from lightllm.teach import teach
+
+    began = time.perf_counter()
+    store = teach(*parts(train, cache))["train"].store
+    return {
+        "seconds": time.perf_counter() - began,
+        "target_tokens": store.num_targets,
+        "bytes_per_target": store.bytes_per_target,
+        **store.measured._asdict(),
+    }
+
+
+def ours(train: str, cache: str | None) -> dict[str, Any]:
+    """One run of lightllm, from Python."""
+    from lightning.pytorch import Callback, Trainer
 
     class Watch(Callback):
         began = 0.0
         ended = 0.0
-        losses: list[float]
         targets = 0
 
         def on_train_start(self, *_: object) -> None:
-            self.losses = []
+            self.losses: list[float] = []
             self.began = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Trainer, module: object, outputs: Any, *_: object) -> None:
@@ -56,20 +86,8 @@ def ours(train: str) -> dict[str, Any]:
         def on_train_end(self, *_: object) -> None:
             self.ended = time.perf_counter()
 
-    torch.manual_seed(0)
     watch = Watch()
-    module = Distillation(
-        EveryNthLayer(NAME, STEP, dtype="bfloat16"),
-        teacher=Pretrained(NAME, dtype="bfloat16"),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
-        schedule=Schedule("constant"),
-    )
-    data = ChatData(
-        train,
-        max_length=MAX_LENGTH,
-        batches=Batches("packed", documents=ROWS_PER_STEP),
-        reading=Reading(val_fraction=0.0),
-    )
+    module, data = parts(train, cache)
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -151,7 +169,7 @@ def trl(train: str, checkpoint: str) -> dict[str, Any]:
 
 def measured(side: str, python: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one side in its own process and read its last line."""
-    command = [python, __file__, "--side", side, "--train", str(options.train)]
+    command = [python, __file__, "--side", side, "--train", str(options.train), "--cache", options.cache]
     if side == "trl":
         from lightllm.models import resolve_checkpoint
 
@@ -162,29 +180,41 @@ def measured(side: str, python: str, options: argparse.Namespace) -> dict[str, A
     return result
 
 
+def one_side(options: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own does."""
+    train = str(options.train)
+    if options.side == "trl":
+        return trl(train, options.checkpoint)
+    if options.side == "ask":
+        return asked(train, options.cache)
+    return ours(train, options.cache if options.side == "cached" else None)
+
+
 def main() -> None:
     """Run all sides and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--peer-python", default=sys.executable)
-    parser.add_argument("--side", choices=["live", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ask", "cached", "live", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side == "trl":
-        print(json.dumps(trl(str(options.train), options.checkpoint)))
-        return
     if options.side is not None:
-        print(json.dumps(ours(str(options.train))))
+        print(json.dumps(one_side(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        options.train = first_rows(options.train, Path(folder))
-        live = measured("live", sys.executable, options)
+        options.train, options.cache = first_rows(options.train, Path(folder)), str(Path(folder) / "answers")
+        measured("ask", sys.executable, options)
+        cached, live = (measured(side, sys.executable, options) for side in ("cached", "live"))
         peer = measured("trl", options.peer_python, options)
     ratios = {
+        "cached_ratio": peer["seconds"] / cached["seconds"],
         "live_ratio": peer["seconds"] / live["seconds"],
-        "peak_memory_ratio": {"live": live["peak_mib"] / peer["peak_mib"]},
+        "peak_memory_ratio": {
+            name: round(side["peak_mib"] / peer["peak_mib"], 4) for name, side in (("cached", cached), ("live", live))
+        },
     }
-    print(json.dumps(ratios))
+    print(json.dumps({name: value if isinstance(value, dict) else round(value, 4) for name, value in ratios.items()}))
 
 
 if __name__ == "__main__":

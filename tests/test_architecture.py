@@ -39,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "parallel": ("batch", "models.anatomy"),
     "flops": ("batch", "models.anatomy"),
     "generate": ("batch", "compression", "losses", "models", "runs"),
+    "teach": ("datamodules", "models", "modules", "teaching"),
     "teaching": ("batch", "losses", "models"),
     "evaluate": ("batch", "compression", "losses", "models", "runs"),
     "ledger_rows": ("batch", "compression", "evaluate", "export", "measure", "models"),

@@ -59,9 +59,11 @@ def test_a_teacher_is_asked_once_and_then_not_needed(
 
 
 def test_nothing_to_ask(material: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "FineTuning has no teacher that is asked beforehand" in refused(capsys, "teach", "--config", material.recipe)
+    assert "FineTuning has no teacher: `lightllm teach` is for a Distillation" in refused(
+        capsys, "teach", "--config", material.recipe
+    )
     message = refused(capsys, "teach", "--config", recipe(material), "--model.cached", "null")
-    assert "Distillation has no teacher that is asked beforehand: set model.init_args.cached" in message
+    assert "the teacher is not cached, so it is not asked beforehand: set model.init_args.cached" in message
     assert "'nowhere' is not a run folder" in refused(capsys, "teach", "nowhere")
 
 

@@ -11,11 +11,10 @@ from tiny_networks import tiny_llama, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightllm.datamodules import Batches, ChatData, Reading
-from lightllm.datamodules.cache import cached_folder
 from lightllm.losses import Divergence
 from lightllm.models import EveryNthLayer, Pretrained
 from lightllm.modules import Distillation, Schedule, TeacherCache
-from lightllm.teaching.write import Asking
+from lightllm.teach import Taught, teach
 
 
 def save_teacher(folder: Path) -> str:
@@ -51,22 +50,6 @@ def distillation(teacher: str, cache: TeacherCache | None, **fields: Any) -> Dis
     )
 
 
-def ask(teacher: str, data: ChatData, cache: TeacherCache, divergence: Divergence | None = None) -> list[Path]:
-    """What `lightllm teach` does; the folders of the answers."""
-    data.prepare_data()
-    data.setup("fit")
-    module = distillation(teacher, cache, divergence=divergence)
-    module.tokenizer = data.loaded_tokenizer
-    module.configure_model()
-    lesson = module.lesson()
-    packed = data.batches.mode == "packed"
-    asking = Asking(module.build_teacher(), module.built_network, lesson, module.divergence, packed)
-    folders = []
-    for documents in data.documents.values():
-        place = lesson.folder(documents, cache.folder)
-
-        def write(folder: Path, of: Any = documents) -> None:
-            asking.write(of, folder)
-
-        folders.append(cached_folder(place.parent.parent, place.parent.name, place.name, write))
-    return folders
+def ask(teacher: str, data: ChatData, cache: TeacherCache, divergence: Divergence | None = None) -> dict[str, Taught]:
+    """Ask the teacher about the data."""
+    return teach(distillation(teacher, cache, divergence=divergence), data)
