@@ -28,6 +28,7 @@ VERBS = {
     "generate": Verb("lightllm.cli.plain", "continue a prompt with a run's or an exported model"),
     "chat": Verb("lightllm.cli.plain", "talk to a run's or an exported model in the terminal"),
     "export": Verb("lightllm.cli.plain", "write a run as a Hugging Face folder, an adapter or a GGUF file"),
+    "compress-report": Verb("lightllm.cli.compress_report", "what each step of compressing a run's network cost"),
     "configs": Verb("lightllm.cli.plain", "list the shipped configurations, or copy one"),
 }
 

@@ -129,6 +129,10 @@ def export(
             base_model=loaded.base,
         )
     print(report.describe())
+    if run.exists:
+        from lightllm.cli.ledger_report import enter_export
+
+        enter_export(model, report.path)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lightllm.runs import RunFolder
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from lightllm.callbacks.transforming import Transforming
+    from lightllm.datamodules import DocumentData
     from lightllm.models import Record
     from lightllm.modules import LanguageModule
+
+C = TypeVar("C")
 
 
 class Loaded(NamedTuple):
@@ -62,20 +64,7 @@ def rebuild(run: RunFolder, records: dict[str, Record] | None = None) -> Languag
     Raises:
         ValueError: The run's model is not a `LanguageModule`.
     """
-    from jsonargparse import ArgumentParser
-
-    from lightllm.models import load_tokenizer
-    from lightllm.modules import LanguageModule
-
-    config = run.read_config()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LanguageModule, "model", required=True)
-    module = parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
-    assert isinstance(module, LanguageModule)
-    if run.tokenizer.is_dir():
-        module.tokenizer = load_tokenizer(str(run.tokenizer))
-    for callback in _transforming_callbacks(config["trainer"]["callbacks"] or []):
-        module.register_transformation(callback.transformation())
+    module = unbuilt(run)
     module.records = records or {}
     # Compiling is for thousands of steps, and recomputing for backward passes.
     module.plan = module.plan._replace(compile=False, gradient_checkpointing=False)
@@ -83,17 +72,63 @@ def rebuild(run: RunFolder, records: dict[str, Record] | None = None) -> Languag
     return module
 
 
-def _transforming_callbacks(configured: list[dict[str, Any]]) -> list[Transforming]:
-    """Those of a run's callbacks that change the network, made again; the others have nothing to do here."""
+def unbuilt(run: RunFolder) -> LanguageModule:
+    """The run's objective with its tokenizer and its transformations, whose network is still to be built.
+
+    Raises:
+        ValueError: The run's model is not a `LanguageModule`.
+    """
     from jsonargparse import ArgumentParser
 
     from lightllm.callbacks.transforming import Transforming
+    from lightllm.models import load_tokenizer
+    from lightllm.modules import LanguageModule
 
-    ours = [one for one in configured if issubclass(_class(one["class_path"]), Transforming)]
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callbacks", type=list[Transforming])
-    callbacks: list[Transforming] = parser.instantiate_classes(parser.parse_object({"callbacks": ours})).callbacks
+    parser.add_subclass_arguments(LanguageModule, "model", required=True)
+    module = parser.instantiate_classes(parser.parse_object({"model": run.read_config()["model"]})).model
+    assert isinstance(module, LanguageModule)
+    if run.tokenizer.is_dir():
+        module.tokenizer = load_tokenizer(str(run.tokenizer))
+    for callback in rebuild_callbacks(run, Transforming):  # type: ignore[type-abstract]  # any of the kind
+        module.register_transformation(callback.transformation())
+    return module
+
+
+def rebuild_callbacks(run: RunFolder, kind: type[C]) -> list[C]:
+    """Those of a run's callbacks that are of a class, made again."""
+    from jsonargparse import ArgumentParser
+
+    configured = run.read_config()["trainer"]["callbacks"] or []
+    ours = [one for one in configured if issubclass(_class(one["class_path"]), kind)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[kind])  # type: ignore[valid-type]  # a class that the caller names
+    callbacks: list[C] = parser.instantiate_classes(parser.parse_object({"callbacks": ours})).callbacks
     return callbacks
+
+
+def rebuild_data(run: RunFolder) -> DocumentData:
+    """The run's datamodule with the run's tokenizer, set up without a trainer.
+
+    Raises:
+        ValueError: The run's data is not a `DocumentData`.
+    """
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    from lightllm.datamodules import DocumentData
+    from lightllm.models import load_tokenizer
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    data = parser.instantiate_classes(parser.parse_object({"data": run.read_config()["data"]})).data
+    if not isinstance(data, DocumentData):
+        raise ValueError(f"the run's data is a {type(data).__name__}, of which no documents can be chosen")
+    if run.tokenizer.is_dir():
+        data.tokenizer = load_tokenizer(str(run.tokenizer))
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
 
 def _class(path: str) -> type:
