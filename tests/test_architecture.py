@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "measure": ("batch", "evaluate", "models"),
     "plot": (),
     "export": ("batch", "compression", "losses", "models", "runs"),
-    "modules": ("batch", "losses", "models", "parallel.parallelize", "runs", "teaching"),
+    "modules": ("batch", "generate", "losses", "models", "parallel.parallelize", "runs", "teaching"),
     "callbacks": (
         "batch",
         "checkpoint_io",
@@ -79,6 +79,7 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.checkpointing",
         "modules.heap",
         "modules.inner_losses",
+        "modules.on_policy",
         "modules.parameter_groups",
         "modules.run_length",
         "modules.scale_in_place",

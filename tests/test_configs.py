@@ -19,6 +19,7 @@ RECIPES = [name for name in config_names() if name not in OVERLAYS]
 FEW_ROWS = ["--data.reading.limit", "30", "--data.reading.val_fraction", "0.1", "--trainer.fast_dev_run", "2"]
 SMALLER = {
     "distill/cached.yaml": ["--model.network.step", "2"],
+    "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],
     "distill/smollm2_third.yaml": ["--model.network.step", "2"],
     "finetune/frozen.yaml": ["--model.adapter.num_blocks", "1"],
     "pretrain/tiny_llama.yaml": [

@@ -44,19 +44,42 @@ def generate(
         ValueError: The network cannot generate, a prompt is empty or fills all of the network's positions, or
             `prompts` is no list.
     """
-    from lightllm.models.inference import inference, network_device, own_random_numbers
-
     if isinstance(prompts, str):
         raise ValueError("prompts is a list of prompts: give [prompt] for one")
     check_generates(network)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stops = set(generation_settings(network, tokenizer, settings).eos_token_id or [])
+    answers = generate_ids(network, tokenizer, encoded, settings, batch_size)
+    return [
+        "".join(incremental_text(tokenizer, ids, takewhile(lambda token: token not in stops, added)))
+        for ids, added in zip(encoded, answers, strict=True)
+    ]
+
+
+def generate_ids(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: Decoding = GREEDY,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Continue every prompt of token ids, as `generate` does.
+
+    Returns:
+        The new tokens of each, in the prompts' order, with the stop token that ends them, if one does.
+
+    Raises:
+        ValueError: The network cannot generate, or a prompt fills all of its positions.
+    """
+    from lightllm.models.inference import inference, network_device, own_random_numbers
+
+    check_generates(network)
     configuration = generation_settings(network, tokenizer, settings)
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
     with inference(network), own_random_numbers(network_device(network), settings.seed):
-        for group in _batches(network, [len(ids) for ids in encoded], settings.max_new_tokens, batch_size):
-            rows = [encoded[index] for index in group]
-            for index, added in zip(group, _generate_rows(network, rows, configuration), strict=True):
-                answers[index] = "".join(incremental_text(tokenizer, encoded[index], added))
+        for group in _batches(network, [len(ids) for ids in prompts], settings.max_new_tokens, batch_size):
+            rows = [list(prompts[index]) for index in group]
+            answers |= dict(zip(group, _generate_rows(network, rows, configuration), strict=True))
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -118,7 +141,7 @@ def _batches(network: nn.Module, lengths: list[int], max_new_tokens: int, batch_
 
 
 def _generate_rows(network: nn.Module, rows: list[list[int]], configuration: GenerationConfig) -> list[list[int]]:
-    """New tokens of each row, up to its stop token."""
+    """New tokens of each row, its stop token the last."""
     import torch
 
     length = max(len(row) for row in rows)
@@ -127,7 +150,12 @@ def _generate_rows(network: nn.Module, rows: list[list[int]], configuration: Gen
     attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     output = call_generate(network, input_ids, attention_mask, configuration)
     stops = set(configuration.eos_token_id or [])
-    return [list(takewhile(lambda token: token not in stops, row)) for row in output[:, length:].tolist()]
+    return [_until_stop(row, stops) for row in output[:, length:].tolist()]
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    end = next((index + 1 for index, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
 
 
 def call_generate(

@@ -5,6 +5,7 @@ from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import HiddenStateLoss, RelationLoss
+from lightllm.modules.on_policy import OnPolicy
 from lightllm.modules.preference import PreferenceTuning
 from lightllm.modules.schedule import Schedule
 
@@ -15,6 +16,7 @@ __all__ = [
     "HiddenStateLoss",
     "LanguageModule",
     "Loss",
+    "OnPolicy",
     "PreferenceTuning",
     "RelationLoss",
     "Schedule",

@@ -20,6 +20,7 @@ from lightllm.models.network import Network
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import Answers, CachedTeacher, TeacherCache, check_cachable
 from lightllm.modules.inner_losses import HiddenStateLoss, InnerLosses, RelationLoss
+from lightllm.modules.on_policy import OnPolicy, check_answers, own_answers
 from lightllm.modules.teacher_network import build_teacher
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
 from lightllm.teaching.key import Lesson
@@ -64,6 +65,7 @@ class Distillation(LanguageModule):
         relations: Compare relations in attention too.
         cached: Ask the teacher once, by `lightllm teach`, and train without it: several times faster. Nothing but the
             likeliest tokens is known of it then, so some kinds of divergence and losses on inner states are refused.
+        on_policy: Learn from the student's own answers in some of the training batches; `hard_loss` is of the others.
         common: The other fields of `LanguageModule`.
 
     Raises:
@@ -82,6 +84,7 @@ class Distillation(LanguageModule):
         hidden_states: HiddenStateLoss | None = None,
         relations: RelationLoss | None = None,
         cached: TeacherCache | None = None,
+        on_policy: OnPolicy | None = None,
         **common: Any,
     ) -> None:
         super().__init__(network, adapter, **common)
@@ -91,9 +94,11 @@ class Distillation(LanguageModule):
         self.teacher_bits = teacher_bits
         self.divergence = divergence or Divergence()
         self.hard_loss = hard_loss
+        self.on_policy = on_policy
+        self._answered_itself = False
         self.cached = cached
         if cached is not None:
-            live = {"hidden_states": hidden_states, "relations": relations}
+            live = {"hidden_states": hidden_states, "relations": relations, "on_policy": on_policy}
             check_cachable(self.divergence.kind, teacher, live)
         self.inner = InnerLosses(hidden_states, relations)
         self.teacher: nn.Module | None = None
@@ -129,6 +134,8 @@ class Distillation(LanguageModule):
                 data = getattr(self.trainer, "datamodule", None)
                 self.predictions = CachedTeacher.open(self.lesson(), self.cached, data)
             return
+        if self.on_policy is not None:
+            check_answers(self.built_network, self.tokenizer)
         self.teacher = self.teacher or self.build_teacher()
         self.inner.join(self.built_network, self.teacher)
 
@@ -157,9 +164,23 @@ class Distillation(LanguageModule):
             return super().forward(batch)
 
     @override
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+        own = None
+        if self.on_policy is not None:
+            if float(torch.rand(())) < self.on_policy.share:
+                assert self.tokenizer is not None
+                own = own_answers(self.built_network, self.tokenizer, batch, self.on_policy)
+            self.log("train/on_policy", float(own is not None))
+        self._answered_itself = own is not None
+        step = super().training_step(batch if own is None else own, batch_idx)
+        self._answered_itself = False
+        return step
+
+    @override
     def criterion(self, hidden: Tensor, batch: TextBatch) -> Loss:
         known, teacher_states = self._ask(batch, "train")
-        divergence = self._divergence(hidden, known, batch["labels"], self.hard_loss)
+        hard_loss = 0.0 if self._answered_itself else self.hard_loss
+        divergence = self._divergence(hidden, known, batch["labels"], hard_loss)
         inner = self.inner(self._student_states, teacher_states, batch)
         self._student_states = InnerStates({}, {})
         return Loss(divergence + inner, (batch["labels"] != IGNORE_INDEX).sum())

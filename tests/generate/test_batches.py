@@ -5,7 +5,7 @@ from tiny_networks import POSITIONS, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from lightllm.generate import Decoding, generate
+from lightllm.generate import Decoding, generate, generate_ids
 from lightllm.models.adapters import LoRA
 from lightllm.models.document_attention import BY_DOCUMENT
 
@@ -111,6 +111,21 @@ def test_sampling_obeys_its_settings() -> None:
     expected = plain.generate(row, repetition_penalty=3.0, max_new_tokens=20, pad_token_id=1)
     penalized = generate(network, tokenizer, PROMPTS, Decoding(max_new_tokens=20, repetition_penalty=3.0))
     assert penalized[1] == tokenizer.decode(expected[0, row.shape[1] :], skip_special_tokens=True)
+
+
+def test_token_ids_end_with_the_stop_token_and_are_the_text() -> None:
+    network, tokenizer = tiny_llama(), tiny_tokenizer()
+    prompts = [[5, 6, 7], [40], list(range(30, 38))]
+    (greedy, *_), *_ = generate_ids(network, tokenizer, prompts[1:2], Decoding(max_new_tokens=8))
+    network.generation_config.eos_token_id = None
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(greedy)
+    answers = generate_ids(network, tokenizer, prompts, Decoding(max_new_tokens=8), batch_size=2)
+    assert answers[1] == [greedy]
+    assert all(greedy not in answer[:-1] and len(answer) <= 8 for answer in answers)
+    texts = generate(network, tokenizer, prompts, Decoding(max_new_tokens=8))
+    ended = [answer[:-1] if answer[-1] == greedy else answer for answer in answers]
+    for prompt, answer, text in zip(prompts, ended, texts, strict=True):
+        assert tokenizer.decode([*prompt, *answer], skip_special_tokens=True).endswith(text)
 
 
 def test_generation_ends_at_the_stop_token() -> None:
