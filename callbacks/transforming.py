@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 class Transforming(Callback, ABC):
     """A callback that changes the network as it is built.
+
+    At each hook, masks come before fake quantization, in whatever order the callbacks are listed.
 
     Whoever reads a run back (`export`, `generate`, …) makes the run's callbacks of this kind again and registers
     their transformations, without a trainer: `transformation` may need none, and calibrates in `apply` only.
@@ -35,3 +38,15 @@ class Transforming(Callback, ABC):
     @override
     def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
         pl_module.register_transformation(self.transformation())
+        trainer.callbacks = in_order_of_kinds(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it late
+
+
+def in_order_of_kinds(callbacks: Sequence[Callback]) -> list[Callback]:
+    """The callbacks with those that change the network in the order of their kinds, whatever order they are listed in.
+
+    What happens at one step of a run then has one order: weights are masked before they are rounded. Those of one kind
+    go by their names; all others stay where they are.
+    """
+    changing = [(one.transformation(), one) for one in callbacks if isinstance(one, Transforming)]
+    ordered = iter(sorted(changing, key=lambda pair: (pair[0].kind, pair[0].name)))
+    return [next(ordered)[1] if isinstance(one, Transforming) else one for one in callbacks]

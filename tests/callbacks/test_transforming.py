@@ -104,6 +104,31 @@ def test_steps_are_announced_as_they_are_done_and_the_end_behind_every_callback(
     assert told == [("dense", 0, 2), ("FirstBlock", 0, 1), ("FirstBlock", 2, 1), ("trained", 2, 1)]
 
 
+def test_at_each_hook_they_come_in_the_order_of_their_kinds_and_others_where_they_were(tmp_path: Path) -> None:
+    began: list[str] = []
+
+    class Other(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            began.append("Other")
+
+    class Changing(Transforming):
+        def __init__(self, name: str, kind: TransformationKind) -> None:
+            self.made = type("Made", (_FirstBlocks,), {"kind": kind, "apply": lambda self, network, record: None})(name)
+
+        def transformation(self) -> Transformation:
+            return self.made  # type: ignore[no-any-return]
+
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            began.append(self.made.name)
+
+    mask, rounding = TransformationKind.MASK, TransformationKind.FAKE_QUANTIZATION
+    listed = [Changing("c", rounding), Other(), Changing("b", mask), Changing("a", mask)]
+    tiny_trainer(tmp_path, listed, max_steps=1).fit(
+        FineTuning(scratch(), optimizer=adamw()), Batches(cut(documents(), [12]))
+    )
+    assert began == ["a", "Other", "b", "c"]
+
+
 def test_from_python_the_network_is_built_again_when_a_checkpoint_says_what_it_was(tmp_path: Path) -> None:
     BUILDS.clear()
 
