@@ -19,17 +19,37 @@ import pytest
 import torch
 import yaml
 from killable_run import Recipe, kill, logged_steps, make_material, wait_until_training
+from lightning.pytorch import Callback
 
+from lightllm.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
 from lightllm.checkpoint_io import newest_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
 
 EPOCHS = {"max_epochs": 2}
+
+
+def gradually() -> list[Callback]:
+    return [MagnitudePruning(0.6, schedule="cubic", begin=2, end=0.9, every_n_steps=2)]
+
+
+def twice() -> list[Callback]:
+    return [
+        SparseGPTPruning(pattern="2:4", begin=7, num_documents=20, leave_out=["mlp"]),
+        WandaPruning(0.5, leave_out=["attn"]),
+    ]
+
+
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "full": (12, {"trainer": {**EPOCHS, "val_check_interval": 5}}),
     "full-workers-accumulate": (4, {"workers": 2, "trainer": {**EPOCHS, "accumulate_grad_batches": 2}}),
     "full-streaming": (4, {"streaming": True, "trainer": {"max_epochs": -1, "max_steps": 24}}),
     "full-streaming-workers": (3, {"streaming": True, "workers": 2, "trainer": {"max_epochs": -1, "max_steps": 24}}),
+    "full-pruned": (4, {"callbacks": gradually, "trainer": {**EPOCHS, "accumulate_grad_batches": 2}}),
+    "lora-pruned": (
+        4,
+        {"lora": True, "dropout": 0.0, "callbacks": twice, "trainer": {**EPOCHS, "val_check_interval": 4}},
+    ),
     "lora": (4, {"lora": True, "mode": "sorted", "trainer": EPOCHS}),
     "lora-workers": (4, {"lora": True, "workers": 2, "trainer": {**EPOCHS, "val_check_interval": 4}}),
 }

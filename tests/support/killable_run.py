@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -48,11 +49,15 @@ class Recipe:
     workers: int = 0
     streaming: bool = False
     mode: Any = "packed"
+    dropout: float = 0.2
+    """Of LoRA."""
+    callbacks: Callable[[], list[Callback]] = list
+    """Makes those of the run that change its network."""
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def module(self) -> LanguageModule:
         if self.lora:
-            return FineTuning(Pretrained(str(self.material / "network")), LoRA(rank=4, dropout=0.2))
+            return FineTuning(Pretrained(str(self.material / "network")), LoRA(rank=4, dropout=self.dropout))
         fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         return CausalPretraining(FromConfig("llama", {**fields, "attention_dropout": 0.2}))
 
@@ -75,6 +80,7 @@ class Recipe:
             accelerator="cpu",
             logger=RunCSVLogger(run),
             callbacks=[
+                *self.callbacks(),
                 RandomState(),
                 RewindMetrics(),
                 Interruption(),
