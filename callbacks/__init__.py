@@ -9,6 +9,7 @@ from lightllm.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightllm.callbacks.interruption import Interrupted, Interruption
 from lightllm.callbacks.keep_tokenizer import KeepTokenizer
 from lightllm.callbacks.loss_spike import LossSpike
+from lightllm.callbacks.low_rank_decomposition import LowRankDecomposition
 from lightllm.callbacks.magnitude_pruning import MagnitudePruning
 from lightllm.callbacks.network_size import NetworkSize
 from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
@@ -37,6 +38,7 @@ __all__ = [
     "Interruption",
     "KeepTokenizer",
     "LossSpike",
+    "LowRankDecomposition",
     "MagnitudePruning",
     "NetworkSize",
     "NonFiniteLoss",

@@ -28,6 +28,7 @@ def calibration_batches(trainer: Trainer, num_documents: int, seed: int = 0) -> 
     if draw is None:
         raise ValueError(
             f"{type(datamodule).__name__} gives no documents to calibrate on: take data of lightllm's (TextData, "
-            "ChatData, …), give yours a method calibration_batches(num_documents, seed), or prune by magnitude"
+            "ChatData, …), give yours a method calibration_batches(num_documents, seed), or take what needs none "
+            "(MagnitudePruning, LowRankDecomposition with activation_aware: false)"
         )
     return draw(num_documents, seed)

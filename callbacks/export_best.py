@@ -27,14 +27,14 @@ class ExportBest(Callback):
     Args:
         monitor: The logged metric that tells the best.
         mode: Whether the best is the lowest (min) or the highest (max).
-        layout: `merged`, an ordinary Hugging Face folder, or `adapter`, peft's.
+        layout: `merged`, an ordinary Hugging Face folder, `adapter`, peft's, or `factored`, one of thin matrices.
     """
 
     def __init__(
         self,
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
-        layout: Literal["merged", "adapter"] = "merged",
+        layout: Literal["merged", "adapter", "factored"] = "merged",
     ) -> None:
         self.monitor = monitor
         self.mode = mode

@@ -19,7 +19,7 @@ from lightllm.cli.errors import run_explained
 from lightllm.generate.decoding import Decoding
 from lightllm.runs import RunFolder
 
-Format = Literal["merged", "adapter", "gguf"]
+Format = Literal["merged", "factored", "adapter", "gguf"]
 
 
 def main(verb: str, arguments: list[str]) -> int:
@@ -101,8 +101,9 @@ def export(
     Args:
         model: A run folder, or anything else that holds a model.
         to: Where to; a run's is RUN/export by default.
-        format: `merged` is a whole Hugging Face folder, `adapter` peft's layout, `gguf` a file for llama.cpp.
-        dtype: Of merged weights.
+        format: `merged` is a whole Hugging Face folder, `factored` one that keeps thin matrices and has code to load
+            them, `adapter` peft's layout, `gguf` a file for llama.cpp.
+        dtype: Of merged or factored weights.
         gguf_type: Of a GGUF file's matrices.
         checkpoint: Of a run: best, newest or a file.
     """
@@ -158,6 +159,6 @@ VERBS: dict[str, Callable[..., int]] = {"generate": generate, "chat": chat, "exp
 USAGE = {
     "generate": "MODEL PROMPT [--as_chat] [--decoding.temperature 0.8 …]",
     "chat": "MODEL [--system TEXT] [--decoding.temperature 0.8 …]",
-    "export": "MODEL [--to PATH] [--format merged | adapter | gguf]",
+    "export": "MODEL [--to PATH] [--format merged | factored | adapter | gguf]",
     "configs": "[NAME [--to PATH]]",
 }

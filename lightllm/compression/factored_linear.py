@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from lightllm.compression.low_rank import Factors
 from lightllm.models.anatomy import unwrapped
+from lightllm.models.plain_tensors import MadeOfParts
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(nn.Module, MadeOfParts):
     """`up(down(x))`: two ordinary linear layers, for adapters and masks to see as such.
 
     Args:
@@ -45,6 +46,11 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.up(self.down(x))
         return output
+
+    @override
+    def plain_tensors_of(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {"weight": parts["up.weight"].float() @ parts["down.weight"].float()}
+        return tensors if "up.bias" not in parts else {**tensors, "bias": parts["up.bias"]}
 
     @override
     def extra_repr(self) -> str:

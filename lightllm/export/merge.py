@@ -19,13 +19,16 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightllm.compression.factored_linear import FactoredLinear, factored, replace_layers
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.low_bit import dequantized_weight, is_low_bit
 from lightllm.models.module_copy import copy_without_hooks
-from lightllm.models.plain_tensors import StandsForPlain
+from lightllm.models.plain_tensors import MadeOfParts, StandsForPlain
 
 
-def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def merged_network(
+    network: nn.Module, dtype: torch.dtype | None = None, keep_factored: bool = False
+) -> PreTrainedModel:
     """An ordinary transformers model that computes what `network` does, to be saved and not to be run.
 
     Weights that need no merging and no other dtype are the network's own. Buffers that are not saved (rotary tables)
@@ -35,6 +38,7 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
         network: A transformers model, or a peft model around one.
         dtype: Of the weights; by default the one that most of the network's weights have, and bfloat16 where they are
             stored in 4 or 8 bits.
+        keep_factored: Leave layers of two thin matrices as such, instead of multiplying them out.
 
     Raises:
         ValueError: The adapter is no change of weights, or the network is no transformers model.
@@ -42,7 +46,8 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
     base = transformers_network(network)
     dtype = dtype or prevailing_dtype(network)
     weights = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in merged_weights(network)
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in merged_weights(network, keep_factored)
     }
     config = deepcopy(base.config)
     config.use_cache = True
@@ -55,6 +60,8 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
         # The adapter changed one of two weights that were one: they are two now.
         config.tie_word_embeddings = False
         merged = _on_meta(base, config)
+    if keep_factored:
+        _factor_alike(merged, base)
     merged.load_state_dict(weights, strict=True, assign=True)
     merged.tie_weights()
     if base.can_generate():
@@ -63,11 +70,12 @@ def merged_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreT
     return merged.eval()
 
 
-def merged_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(network: nn.Module, keep_factored: bool = False) -> Iterator[tuple[str, Tensor]]:
     """What a plain transformers model's `state_dict` would hold to compute what `network` does, one at a time.
 
     Args:
         network: A transformers model, or a peft model around one.
+        keep_factored: Leave layers of two thin matrices as such.
 
     Yields:
         The plain model's name of a weight, and the weight: in float32 where an adapter was merged or bits were few,
@@ -81,7 +89,7 @@ def merged_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(
             f"an adapter of type {kind} changes no weight, so it cannot be merged: export with layout='adapter'"
         )
-    yield from _weights(transformers_network(network), "")
+    yield from _weights(transformers_network(network), "", keep_factored)
 
 
 def prevailing_dtype(network: nn.Module) -> torch.dtype:
@@ -101,8 +109,20 @@ def _on_meta(base: PreTrainedModel, config: object) -> PreTrainedModel:
         return type(base)(config)  # type: ignore[arg-type]  # a copy of its own configuration
 
 
-def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _factor_alike(network: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Give a plain network on the meta device the thin matrices that another has."""
+    thin: dict[str, nn.Module] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, FactoredLinear):
+            whole = network.get_submodule(name)
+            assert isinstance(whole, nn.Linear)
+            thin[name] = factored(whole, module.rank)
+    replace_layers(network, thin)
+
+
+def _weights(module: nn.Module, prefix: str, keep_factored: bool) -> Iterator[tuple[str, Tensor]]:
     """Name and value of all that is saved of a module and its children, through peft's layers to what they compute."""
+    stays_factored = keep_factored and isinstance(module, FactoredLinear)
     if isinstance(module, StandsForPlain):
         yield from ((prefix + name, tensor) for name, tensor in module.plain_tensors().items())
     elif isinstance(module, BaseTunerLayer):
@@ -110,13 +130,21 @@ def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from ((prefix + name, tensor) for name, tensor in _tuned_layer(module).items())
     elif isinstance(module, ModulesToSaveWrapper):
         trained = not module.disable_adapters and module.active_adapters
-        yield from _weights(module.modules_to_save[trained[0]] if trained else module.original_module, prefix)
+        used = module.modules_to_save[trained[0]] if trained else module.original_module
+        yield from _weights(used, prefix, keep_factored)
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise ValueError(f"peft's {type(module).__name__} cannot be merged here: export with layout='adapter'")
+    elif isinstance(module, MadeOfParts) and not stays_factored:
+        plain = module.plain_tensors_of(dict(_parts(module, "", keep_factored)))
+        yield from ((prefix + name, tensor) for name, tensor in plain.items())
     else:
-        yield from ((prefix + name, tensor) for name, tensor in _own_tensors(module).items())
-        for name, child in module.named_children():
-            yield from _weights(child, f"{prefix}{name}.")
+        yield from _parts(module, prefix, keep_factored)
+
+
+def _parts(module: nn.Module, prefix: str, keep_factored: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from ((prefix + name, tensor) for name, tensor in _own_tensors(module).items())
+    for name, child in module.named_children():
+        yield from _weights(child, f"{prefix}{name}.", keep_factored)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -13,14 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightllm.export.compare import verify
+from lightllm.compression.low_rank_network import factored_layers
+from lightllm.export.compare import checked_difference, verify
+from lightllm.export.factored import check_factored, load_with_its_code, with_code
 from lightllm.export.folder import written_whole
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
+from lightllm.models.anatomy import transformers_network
+from lightllm.models.inference import network_device
 from lightllm.models.progress import no_progress_bars
 from lightllm.models.stop_tokens import stop_token_ids
 
-Layout = Literal["merged", "adapter"]
+Layout = Literal["merged", "adapter", "factored"]
 
 
 def export(
@@ -35,15 +39,17 @@ def export(
     """Write a network with its tokenizer, read it back, and compare.
 
     `merged` is an ordinary Hugging Face folder: configuration, weights with any adapter merged, generation
-    configuration, tokenizer and chat template. `adapter` is peft's layout, for `PeftModel.from_pretrained`. The
-    network is left as it was. The folder appears whole or not at all, and replaces an earlier export.
+    configuration, tokenizer and chat template. `adapter` is peft's layout, for `PeftModel.from_pretrained`. `factored`
+    is a Hugging Face folder that keeps thin matrices as such, with a file of code by which transformers loads it if
+    `trust_remote_code` is set. The network is left as it was. The folder appears whole or not at all, and replaces an
+    earlier export.
 
     Args:
         network: A transformers model, or a peft model around one.
         tokenizer: The network's.
         folder: Where to write.
-        layout: `merged` or `adapter`.
-        dtype: Of merged weights; see `merged_network` for the default. An adapter keeps its own.
+        layout: `merged`, `adapter` or `factored`.
+        dtype: Of merged or factored weights; see `merged_network` for the default. An adapter keeps its own.
         base_model: What an adapter's configuration names as its base; by default what the base was loaded from.
 
     Raises:
@@ -54,6 +60,8 @@ def export(
     with written_whole(path) as unfinished:
         if layout == "merged":
             written = _write_merged(network, tokenizer, unfinished, dtype)
+        elif layout == "factored":
+            written = _write_factored(network, tokenizer, unfinished, dtype)
         else:
             written = _write_adapter(network, unfinished, base_model)
         tokenizer.save_pretrained(unfinished)
@@ -72,12 +80,30 @@ class _Written(NamedTuple):
 def _write_merged(
     network: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None
 ) -> _Written:
-    merged = merged_network(network, dtype)
-    _name_special_tokens(merged, tokenizer)
+    saved = _save(merged_network(network, dtype), tokenizer, folder)
+    return _Written(str(saved).removeprefix("torch."), *verify(folder, network, saved))
+
+
+def _write_factored(
+    network: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None
+) -> _Written:
+    check_factored(transformers_network(network))
+    merged = merged_network(network, dtype, keep_factored=True)
+    saved = _save(with_code(merged, folder), tokenizer, folder)
     with no_progress_bars():
-        merged.save_pretrained(folder)
-    assert isinstance(merged.dtype, torch.dtype)
-    return _Written(str(merged.dtype).removeprefix("torch."), *verify(folder, network, merged.dtype))
+        exported: nn.Module = load_with_its_code(folder, saved)
+    found = checked_difference(network, exported.to(network_device(network)), saved)
+    return _Written(str(saved).removeprefix("torch."), *found)
+
+
+def _save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> torch.dtype:
+    """Save a network that is merged; its dtype."""
+    _name_special_tokens(network, tokenizer)
+    with no_progress_bars():
+        network.save_pretrained(folder)
+    dtype = network.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _name_special_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,6 +124,11 @@ def _write_adapter(network: nn.Module, folder: Path, base_model: str | None) -> 
         raise ValueError(
             f"layout='adapter' needs an adapter, and this {type(network).__name__} was trained without one: export "
             "with layout='merged'"
+        )
+    if factored_layers(network):
+        raise ValueError(
+            "the adapter is on thin matrices, which the network that it names as its base does not have: export with "
+            "layout='merged' or 'factored'"
         )
     name = network.active_adapter
     configuration = copy(network.peft_config[name])

@@ -35,5 +35,5 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NoneType gives no documents to calibrate on"):
         calibration_batches(trainer, 4)
     trainer.datamodule = Batches([])  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"Batches gives no documents.*or prune by magnitude"):
+    with pytest.raises(ValueError, match=r"Batches gives no documents.*or take what needs none"):
         calibration_batches(trainer, 4)
