@@ -4,7 +4,7 @@ from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
 from lightllm.modules.distillation import Distillation
-from lightllm.modules.inner_losses import HiddenStateLoss, RelationLoss
+from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, RelationLoss
 from lightllm.modules.on_policy import OnPolicy
 from lightllm.modules.preference import PreferenceTuning
 from lightllm.modules.schedule import Schedule
@@ -12,6 +12,7 @@ from lightllm.modules.schedule import Schedule
 __all__ = [
     "CausalPretraining",
     "Distillation",
+    "EmbeddingLoss",
     "FineTuning",
     "HiddenStateLoss",
     "LanguageModule",

@@ -19,7 +19,7 @@ from lightllm.models.inner_states import InnerStates
 from lightllm.models.network import Network
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import Answers, CachedTeacher, TeacherCache, check_cachable
-from lightllm.modules.inner_losses import HiddenStateLoss, InnerLosses, RelationLoss
+from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, InnerLosses, RelationLoss
 from lightllm.modules.on_policy import OnPolicy, check_answers, own_answers
 from lightllm.modules.teacher_network import build_teacher
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
@@ -63,6 +63,7 @@ class Distillation(LanguageModule):
         hard_loss: Weight of the cross-entropy on the labels.
         hidden_states: Compare hidden states too; between other widths, learned projections lead to the teacher's.
         relations: Compare relations in attention too.
+        embedding: Compare the embeddings of what is read too, projected likewise.
         cached: Ask the teacher once, by `lightllm teach`, and train without it: several times faster. Nothing but the
             likeliest tokens is known of it then, so some kinds of divergence and losses on inner states are refused.
         on_policy: Learn from the student's own answers in some of the training batches; `hard_loss` is of the others.
@@ -83,6 +84,7 @@ class Distillation(LanguageModule):
         hard_loss: float = 0.0,
         hidden_states: HiddenStateLoss | None = None,
         relations: RelationLoss | None = None,
+        embedding: EmbeddingLoss | None = None,
         cached: TeacherCache | None = None,
         on_policy: OnPolicy | None = None,
         **common: Any,
@@ -98,9 +100,9 @@ class Distillation(LanguageModule):
         self._answered_itself = False
         self.cached = cached
         if cached is not None:
-            live = {"hidden_states": hidden_states, "relations": relations, "on_policy": on_policy}
-            check_cachable(self.divergence.kind, teacher, live)
-        self.inner = InnerLosses(hidden_states, relations)
+            inner = {"hidden_states": hidden_states, "relations": relations, "embedding": embedding}
+            check_cachable(self.divergence.kind, teacher, {**inner, "on_policy": on_policy})
+        self.inner = InnerLosses(hidden_states, relations, embedding)
         self.teacher: nn.Module | None = None
         self.predictions: CachedTeacher | None = None
         self._student_states = InnerStates({}, {})

@@ -37,6 +37,25 @@ class HiddenStateLoss:
 
 
 @dataclass(frozen=True)
+class EmbeddingLoss:
+    """How near the student's embeddings of the tokens read come to the teacher's (TinyBERT, arXiv:1909.10351, eq. 9).
+
+    Args:
+        kind: As in `HiddenStateLoss`, like the others.
+        weight: Of the mean over the width, in the loss.
+        positions: Where.
+    """
+
+    kind: Literal["mse", "cosine"] = "mse"
+    weight: float = 1.0
+    positions: Positions = "targets"
+
+    def as_hidden_states(self) -> HiddenStateLoss:
+        """The same, said of the first layer."""
+        return HiddenStateLoss(self.kind, self.weight, {0: 0}, self.positions)
+
+
+@dataclass(frozen=True)
 class RelationLoss:
     """How alike positions relate to each other in attention (MiniLM v2, arXiv:2012.15828).
 
@@ -61,22 +80,30 @@ class InnerLosses(nn.Module):
     Args:
         hidden_states: Compare hidden states, or None.
         relations: Compare relations in attention, or None.
+        embedding: Compare the embeddings, or None.
 
     Raises:
         ValueError: A weight is negative, or nothing is named to be compared.
     """
 
-    def __init__(self, hidden_states: HiddenStateLoss | None, relations: RelationLoss | None) -> None:
+    def __init__(
+        self,
+        hidden_states: HiddenStateLoss | None,
+        relations: RelationLoss | None,
+        embedding: EmbeddingLoss | None = None,
+    ) -> None:
         super().__init__()
-        for loss in (hidden_states, relations):
+        first = None if embedding is None else embedding.as_hidden_states()
+        given = {"hidden_states": hidden_states, "embedding": first}
+        self.hidden_states = {name: loss for name, loss in given.items() if loss is not None}
+        self.relations = relations
+        for loss in (hidden_states, first, relations):
             if loss is not None and (not loss.weight >= 0.0 or loss.layers == {}):
                 raise ValueError(f"{loss}: give a weight of at least 0, and layers or null")
         if relations is not None and not relations.vectors:
             raise ValueError("relations.vectors is empty: give query, key, value or some of them")
-        self.hidden_states = hidden_states
-        self.relations = relations
         self.projections = nn.ModuleDict()
-        self._hidden_map: dict[int, int] = {}
+        self._hidden_maps: dict[str, dict[int, int]] = {}
         self._relation_map: dict[int, int] = {}
 
     def join(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -86,48 +113,52 @@ class InnerLosses(nn.Module):
             ValueError: A network does not have a layer that is named.
         """
         sizes = len(blocks(student)), len(blocks(teacher))
-        if self.hidden_states is not None:
-            spread = {layer: round(layer * sizes[1] / sizes[0]) for layer in range(1, sizes[0] + 1)}
-            self._hidden_map = _resolved(self.hidden_states.layers or spread, student, teacher)
+        spread = {layer: round(layer * sizes[1] / sizes[0]) for layer in range(1, sizes[0] + 1)}
+        self._hidden_maps = {
+            name: _resolved(loss.layers or spread, student, teacher) for name, loss in self.hidden_states.items()
+        }
         if self.relations is not None:
             self._relation_map = _resolved(self.relations.layers or {-1: -1}, student, teacher)
-        for ours, theirs in self._hidden_map.items():
-            widths = _width(student, ours), _width(teacher, theirs)
-            if widths[0] != widths[1]:
-                self.projections[str(ours)] = nn.Linear(*widths, bias=False)
+        for name, pairs in self._hidden_maps.items():
+            for ours, theirs in pairs.items():
+                widths = _width(student, ours), _width(teacher, theirs)
+                if widths[0] != widths[1]:
+                    self.projections[_projection_name(name, ours)] = nn.Linear(*widths, bias=False)
 
     def watch_student(self, network: nn.Module) -> AbstractContextManager[InnerStates]:
         """Keep what is compared of the student's calls within the context."""
-        return self._watch(network, list(self._hidden_map), list(self._relation_map))
+        return self._watch(
+            network, {ours for pairs in self._hidden_maps.values() for ours in pairs}, list(self._relation_map)
+        )
 
     def watch_teacher(self, network: nn.Module) -> AbstractContextManager[InnerStates]:
         """Keep what is compared of the teacher's calls within the context."""
-        return self._watch(network, list(self._hidden_map.values()), list(self._relation_map.values()))
+        hidden = {theirs for pairs in self._hidden_maps.values() for theirs in pairs.values()}
+        return self._watch(network, hidden, list(self._relation_map.values()))
 
-    def _watch(
-        self, network: nn.Module, hidden: list[int], relations: list[int]
-    ) -> AbstractContextManager[InnerStates]:
+    def _watch(self, network: nn.Module, hidden: set[int], relations: list[int]) -> AbstractContextManager[InnerStates]:
         kinds = () if self.relations is None else self.relations.vectors
-        return inner_states(network, hidden, [(layer, kind) for layer in relations for kind in kinds])
+        return inner_states(network, sorted(hidden), [(layer, kind) for layer in relations for kind in kinds])
 
     def forward(self, student: InnerStates, teacher: InnerStates, batch: TextBatch) -> Tensor:
         """The weighted sum over positions, a scalar; 0 where nothing is compared."""
-        zero = torch.zeros((), device=batch["labels"].device)
-        return zero + self._hidden_state_sum(student, teacher, batch) + self._relation_sum(student, teacher, batch)
+        total = torch.zeros((), device=batch["labels"].device)
+        for name in self._hidden_maps:
+            total = total + self._hidden_state_sum(name, student, teacher, batch)
+        return total + self._relation_sum(student, teacher, batch)
 
-    def _hidden_state_sum(self, student: InnerStates, teacher: InnerStates, batch: TextBatch) -> Tensor | float:
-        if self.hidden_states is None:
-            return 0.0
-        function = hidden_mse if self.hidden_states.kind == "mse" else hidden_cosine
-        chosen = _chosen(batch, self.hidden_states.positions)
-        total: Tensor | float = 0.0
-        for ours, theirs in self._hidden_map.items():
+    def _hidden_state_sum(self, name: str, student: InnerStates, teacher: InnerStates, batch: TextBatch) -> Tensor:
+        loss, pairs = self.hidden_states[name], self._hidden_maps[name]
+        function = hidden_mse if loss.kind == "mse" else hidden_cosine
+        chosen = _chosen(batch, loss.positions)
+        total = torch.zeros((), device=chosen.device)
+        for ours, theirs in pairs.items():
             hidden = _of_row(student.hidden[ours], batch)
-            if str(ours) in self.projections:
-                projection = self.projections[str(ours)]
+            if _projection_name(name, ours) in self.projections:
+                projection = self.projections[_projection_name(name, ours)]
                 hidden = projection(hidden.to(next(projection.parameters()).dtype))
             total = total + function(hidden, teacher.hidden[theirs], chosen)
-        return self.hidden_states.weight / len(self._hidden_map) * total
+        return loss.weight / len(pairs) * total
 
     def _relation_sum(self, student: InnerStates, teacher: InnerStates, batch: TextBatch) -> Tensor | float:
         if self.relations is None:
@@ -144,6 +175,11 @@ class InnerLosses(nn.Module):
 
 def _resolved(layers: dict[int, int], student: nn.Module, teacher: nn.Module) -> dict[int, int]:
     return {layer_index(student, ours): layer_index(teacher, theirs) for ours, theirs in layers.items()}
+
+
+def _projection_name(loss: str, layer: int) -> str:
+    """Of the projection from a layer of the student's, of which the embedding may have two."""
+    return loss if loss == "embedding" else str(layer)
 
 
 def _width(network: nn.Module, layer: int) -> int:

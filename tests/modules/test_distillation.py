@@ -91,8 +91,8 @@ def test_inner_losses_are_added_and_their_projections_train(tmp_path: Path) -> N
     trainer = fit(module, tmp_path)
     (batch,) = tiny_batches(1)
     whole = module.criterion(module(batch), batch).sum
-    module.inner.hidden_states = module.inner.relations = None
-    module.inner._hidden_map, module.inner._relation_map = {}, {}
+    module.inner.relations = None
+    module.inner._hidden_maps, module.inner._relation_map = {}, {}
     without = module.criterion(module(batch), batch).sum
     assert whole > without + 0.01
     trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
 from lightllm.losses import attention_relations
 from lightllm.models.hidden_states import hidden_states
-from lightllm.modules import HiddenStateLoss, RelationLoss
+from lightllm.modules import EmbeddingLoss, HiddenStateLoss, RelationLoss
 from lightllm.modules.inner_losses import InnerLosses
 
 
@@ -90,6 +90,31 @@ def test_relations_between_other_widths() -> None:
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_embeddings_beside_hidden_states_are_projected_by_themselves(kind: str) -> None:
+    student, teacher, given = tiny_llama(), wide_llama(), batch()
+    losses = InnerLosses(HiddenStateLoss(layers={0: 1, 2: 4}), None, EmbeddingLoss(kind, 0.25, "all"))
+    both = run(losses, student, teacher)
+    alone = InnerLosses(None, None, EmbeddingLoss(kind, 0.25, "all"))
+    run(alone, student, teacher)
+    assert {name for name, _ in losses.named_parameters()} == {
+        f"projections.{name}.weight" for name in ("0", "2", "embedding")
+    }
+    alone.load_state_dict({"projections.embedding.weight": losses.projections["embedding"].weight})
+    with alone.watch_student(student) as ours, alone.watch_teacher(teacher) as theirs:
+        hidden_states(student, given)
+        hidden_states(teacher, given)
+    chosen = given["document_ids"] != PADDING_DOCUMENT
+    pair = (
+        student.model.embed_tokens(given["input_ids"])[chosen] @ losses.projections["embedding"].weight.t(),
+        teacher.model.embed_tokens(given["input_ids"])[chosen],
+    )
+    values = (pair[0] - pair[1]).square().mean(-1) if kind == "mse" else 1 - torch.cosine_similarity(*pair, dim=-1)
+    expected = 0.25 * values.sum()
+    torch.testing.assert_close(alone(ours, theirs, given), expected)
+    assert both > expected + 0.01
+
+
 def test_nothing_to_compare_is_zero() -> None:
     assert run(InnerLosses(None, None), tiny_llama(), tiny_llama()) == 0.0
 
@@ -99,6 +124,8 @@ def test_what_is_refused() -> None:
         InnerLosses(HiddenStateLoss(weight=-1.0), None)
     with pytest.raises(ValueError, match="and layers or null"):
         InnerLosses(None, RelationLoss(layers={}))
+    with pytest.raises(ValueError, match="give a weight of at least 0"):
+        InnerLosses(None, None, EmbeddingLoss(weight=-1.0))
     with pytest.raises(ValueError, match=r"relations\.vectors is empty"):
         InnerLosses(None, RelationLoss(vectors=()))
     with pytest.raises(ValueError, match="no layer 3 in LlamaForCausalLM"):
