@@ -75,6 +75,8 @@ class WeightEffect(nn.Module):
         self.masking: nn.Module | None = None
         """From the weight `[out, in]` to the masked weight: a `FixedMask`, or one that is still learned."""
         self.fake_quantizer: FakeQuantizer | None = None
+        self.rounds_inputs = True
+        """Whether inputs are rounded too, by a fake quantizer that does so."""
 
     @property
     def rounds(self) -> bool:
@@ -97,7 +99,9 @@ class WeightEffect(nn.Module):
 
     def inputs(self, inputs: Tensor) -> Tensor:
         """The layer's inputs, rounded where activations are."""
-        return self.fake_quantizer.inputs(inputs) if self.fake_quantizer is not None and self.rounds else inputs
+        if self.fake_quantizer is None or not self.rounds or not self.rounds_inputs:
+            return inputs
+        return self.fake_quantizer.inputs(inputs)
 
 
 class EffectiveLayer(StandsForPlain):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -33,6 +34,19 @@ def install_effects(network: nn.Module, names: Iterable[str]) -> dict[str, Effec
 def effective_layers(network: nn.Module) -> dict[str, EffectiveLayer]:
     """The layers that compute with an effective weight, by name in the plain network."""
     return {name: module for name, module in unwrapped(network).named_modules() if isinstance(module, EffectiveLayer)}
+
+
+@contextmanager
+def inputs_as_they_are(network: nn.Module) -> Iterator[None]:
+    """Within it, fake quantizers round weights alone: what others compute with weights that are read from a file."""
+    effects = [layer.effect for layer in effective_layers(network).values()]
+    try:
+        for effect in effects:
+            effect.rounds_inputs = False
+        yield
+    finally:
+        for effect in effects:
+            effect.rounds_inputs = True
 
 
 def mask_layers(network: nn.Module, leave_out: list[str]) -> dict[str, EffectiveLayer]:

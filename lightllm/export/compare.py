@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lightllm.compression.effects import inputs_as_they_are
 from lightllm.export.merge import prevailing_dtype
 from lightllm.models.anatomy import transformers_network, vocabulary_size
 from lightllm.models.inference import inference, network_device
@@ -35,6 +36,8 @@ class Difference(NamedTuple):
 def verify(folder: Path, network: nn.Module, dtype: torch.dtype) -> Difference:
     """Load an exported folder with plain transformers and compare its logits with the network's.
 
+    What was trained with rounded activations is compared without: ordinary layers compute with them as they are.
+
     Args:
         folder: An exported Hugging Face folder.
         network: What was exported.
@@ -47,7 +50,8 @@ def verify(folder: Path, network: nn.Module, dtype: torch.dtype) -> Difference:
     loader = AutoModelForCausalLM if base.can_generate() else type(base)
     with no_progress_bars():
         exported: nn.Module = loader.from_pretrained(folder, dtype=dtype)
-    return checked_difference(network, exported.to(network_device(network)), dtype)
+    with inputs_as_they_are(network):
+        return checked_difference(network, exported.to(network_device(network)), dtype)
 
 
 def checked_difference(network: nn.Module, exported: nn.Module, dtype: torch.dtype) -> Difference:

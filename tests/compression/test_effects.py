@@ -7,7 +7,9 @@ from torch import nn
 
 from lightllm.compression.effective_lora import EffectiveLoraLinear
 from lightllm.compression.effective_weight import EffectiveLinear
-from lightllm.compression.effects import effective_layers, install_effects, mask_layers
+from lightllm.compression.effects import effective_layers, inputs_as_they_are, install_effects, mask_layers
+from lightllm.compression.fake_quantizer import fake_quantize
+from lightllm.compression.schemes import make_scheme
 from lightllm.models import LoRA
 
 
@@ -33,3 +35,19 @@ def test_hooks_stay() -> None:
 def test_what_is_no_linear_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="0 is a Tanh, no linear layer"):
         install_effects(nn.Sequential(nn.Tanh()), ["0"])
+
+
+def test_rounding_of_inputs_is_left_out_for_a_while() -> None:
+    network = objective(scratch()).built_network
+    layers = fake_quantize(network, make_scheme("int8_dynamic_int4", 16), [])
+    for layer in layers.values():
+        assert layer.effect.fake_quantizer is not None
+        layer.effect.fake_quantizer.enabled = True
+    layer = layers["model.layers.0.mlp.up_proj"]
+    assert isinstance(layer, nn.Linear)
+    inputs = torch.randn(3, layer.in_features)
+    rounded = layer(inputs)
+    with inputs_as_they_are(network):
+        torch.testing.assert_close(layer(inputs), inputs @ layer.effective_weight().T)
+        assert not torch.allclose(layer(inputs), rounded)
+    assert torch.equal(layer(inputs), rounded)

@@ -3,9 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_networks import tiny_llama, token_rows
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaForCausalLM
 
+from lightllm.compression.fake_quantizer import fake_quantize
+from lightllm.compression.schemes import make_scheme
 from lightllm.export.compare import TOLERANCE, difference, outputs, verify
+from lightllm.export.merge import merged_network
 
 
 def test_a_folder_of_the_same_weights_passes_and_another_fails(tmp_path: Path) -> None:
@@ -36,6 +39,17 @@ def test_a_difference_is_one_of_rounding_as_far_as_rounding_moves_the_network(tm
         sensitive.model.layers[0].self_attn.q_proj.weight *= -1
     with pytest.raises(ValueError, match=r"rounding in torch\.float32 explains"):
         verify(tmp_path, sensitive, torch.float32)
+
+
+def test_a_network_that_rounds_its_inputs_is_compared_as_plain_transformers_computes(tmp_path: Path) -> None:
+    network = tiny_llama()
+    for layer in fake_quantize(network, make_scheme("int8_dynamic_int4", 16), []).values():
+        assert layer.effect.fake_quantizer is not None
+        layer.effect.fake_quantizer.enabled = True
+    merged_network(network).save_pretrained(tmp_path)
+    assert verify(tmp_path, network, torch.float32).relative < 1e-5
+    exported = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert difference(network, exported).relative > 1e-3, "inputs are rounded again"
 
 
 def test_the_difference_is_the_largest_of_all_logits() -> None:
