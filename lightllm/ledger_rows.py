@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
 from lightllm.compression.ledger import LedgerRow
+from lightllm.compression.low_rank_network import factored_layers
 from lightllm.evaluate import evaluate_text
+from lightllm.export.factored import has_our_code, with_code
 from lightllm.export.merge import merged_network
 from lightllm.measure import GenerationTest, count_weights, measure_file, measure_network, weight_files
 from lightllm.models.anatomy import learns_a_prompt, unwrapped
@@ -42,7 +44,8 @@ def row_of_network(
     Args:
         step: See `LedgerRow`.
         training_step: See `LedgerRow`.
-        network: Any; one that is adapted, masked or fake-quantized counts as what an export would hold.
+        network: Any; one that is adapted, masked or fake-quantized counts as what an export would hold, and thin
+            matrices as such.
         batches: What the loss is measured on.
         generation: How that is measured; not at all when None.
     """
@@ -63,7 +66,8 @@ def row_of_network(
     for known in generation.known:
         if known.tokens_per_second is not None and known.shows_the_network_of(row):
             return replace(row, **{name: getattr(known, name) for name in _OF_GENERATION})
-    measured = measure_network(plain, generation.test, generation.beside)
+    code = with_code if factored_layers(plain) else None
+    measured = measure_network(plain, generation.test, generation.beside, code)
     return replace(row, **{name: getattr(measured, name) for name in _OF_GENERATION})
 
 
@@ -76,7 +80,7 @@ def row_of_file(path: Path, batches: Sequence[TextBatch], test: GenerationTest |
     Raises:
         ValueError: It cannot be loaded.
     """
-    found = measure_file(path, test, batches if has_targets(batches) else ())
+    found = measure_file(path, test, batches if has_targets(batches) else (), trust_remote_code=has_our_code(path))
     return LedgerRow(
         step=path.name,
         training_step=None,
@@ -108,4 +112,4 @@ def _plain(network: nn.Module) -> PreTrainedModel | None:
     """What an export would hold; None for a module of the user's own, and for one with a learned prompt."""
     if not isinstance(unwrapped(network), PreTrainedModel) or learns_a_prompt(network):
         return None
-    return merged_network(network)
+    return merged_network(network, keep_factored=True)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,24 +88,39 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
 
 
-def measure_file(path: Path, test: GenerationTest | None = None, batches: Sequence[TextBatch] = ()) -> Measurement:
+def measure_file(
+    path: Path,
+    test: GenerationTest | None = None,
+    batches: Sequence[TextBatch] = (),
+    trust_remote_code: bool = False,
+) -> Measurement:
     """Load an export with plain transformers in a process of its own, and measure it there.
 
     Args:
         path: A Hugging Face folder or a GGUF file.
         test: How generation is measured; nothing is generated when None.
         batches: What the loss is measured on; it is not when there are none.
+        trust_remote_code: Run the code that lies in the folder.
 
     Raises:
         ValueError: The process failed; the message is its last words.
     """
     with TemporaryDirectory(prefix="lightllm-measure-") as folder:
         torch.save([dict(batch) for batch in batches], Path(folder) / "batches.pt")
-        request = {"path": str(path.resolve()), "test": test and asdict(test), "num_threads": torch.get_num_threads()}
+        request = {
+            "path": str(path.resolve()),
+            "test": test and asdict(test),
+            "num_threads": torch.get_num_threads(),
+            "trust_remote_code": trust_remote_code,
+        }
         (Path(folder) / "request.json").write_text(json.dumps(request))
         process = subprocess.run(  # noqa: S603  (this interpreter, with a line of our own)
             [sys.executable, "-c", "from lightllm.measure import answer; answer()", folder],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "HF_MODULES_CACHE": folder,  # where transformers copies a folder's code to
+            },
             capture_output=True,
             text=True,
         )
@@ -116,15 +131,28 @@ def measure_file(path: Path, test: GenerationTest | None = None, batches: Sequen
         return Measurement(**json.loads(file.read_text()))
 
 
-def measure_network(network: PreTrainedModel, test: GenerationTest, beside: Path) -> Measurement:
-    """Write a plain network into the folder `beside` for a moment, and measure its generation from there."""
+def measure_network(
+    network: PreTrainedModel,
+    test: GenerationTest,
+    beside: Path,
+    with_code: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None,
+) -> Measurement:
+    """Write a network into a folder for a moment, and measure its generation from there.
+
+    Args:
+        network: One that transformers can save.
+        test: How generation is measured.
+        beside: In which folder it is written.
+        with_code: Writes the code without which the network could not be loaded into a folder; what it returns is saved
+            there.
+    """
     folder = beside / ".measured"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     folder.mkdir(parents=True)
     try:
         with no_progress_bars():
-            network.save_pretrained(folder)
-        return measure_file(folder, test)
+            (network if with_code is None else with_code(network, folder)).save_pretrained(folder)
+        return measure_file(folder, test, trust_remote_code=with_code is not None)
     finally:
         shutil.rmtree(folder)
 
@@ -138,7 +166,7 @@ def answer() -> None:
     path = Path(request["path"])
     _import_all()
     memory = PeakMemory(device)
-    network = _loaded(path, device)
+    network = _loaded(path, device, request["trust_remote_code"])
     speed, peak = None, None
     if request["test"] is not None:
         speed, peak = _tokens_per_second(network, GenerationTest(**request["test"])), memory.read()
@@ -196,8 +224,8 @@ def _import_all() -> None:
     _generate(LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).eval(), torch.zeros(1, 1, dtype=torch.int64), 2)
 
 
-def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
-    arguments = {"gguf_file": path.name} if path.is_file() else {}
+def _loaded(path: Path, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    arguments = {"gguf_file": path.name} if path.is_file() else {"trust_remote_code": trust_remote_code}
     folder = path.parent if path.is_file() else path
     with no_progress_bars():
         network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **arguments).eval().to(device)

@@ -8,11 +8,14 @@ import torch
 from own_networks import Transformer
 from peft import PromptTuningConfig, get_peft_model
 from tiny_checkpoint import saved
-from tiny_networks import tiny_gpt2, tiny_llama
+from tiny_networks import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tiny_run import tiny_batches
 
 from lightllm.batch import IGNORE_INDEX
+from lightllm.compression.low_rank_network import decomposable_layers, decompose
+from lightllm.compression.rank_choice import RankChoice
 from lightllm.evaluate import evaluate_text
+from lightllm.export import export
 from lightllm.ledger_rows import Generation, generation_test, has_targets, row_of_file, row_of_network
 from lightllm.models import LoRA
 from lightllm.models.anatomy import OwnNetwork
@@ -88,3 +91,20 @@ def test_targets_are_what_is_not_ignored() -> None:
     batch["labels"].fill_(IGNORE_INDEX)
     assert not has_targets([batch])
     assert not has_targets([])
+
+
+def test_thin_matrices_count_as_such_in_training_and_on_the_disk(tmp_path: Path) -> None:
+    network, test = tiny_llama(), generation_test(BATCHES, 4)
+    assert test is not None
+    decompose(network, decomposable_layers(network), RankChoice(budget=0.5))
+    size = network.num_parameters()
+    assert size < tiny_llama().num_parameters() - 7_000
+    row = row_of_network("low rank", 0, network, BATCHES, Generation(test, tmp_path))
+    assert row.parameters == size
+    assert row.tokens_per_second is not None
+    assert list(tmp_path.iterdir()) == []
+    export(network, tiny_tokenizer(), tmp_path / "small", layout="factored")
+    file = row_of_file(tmp_path / "small", BATCHES, test)
+    assert file.parameters == size
+    assert file.loss == pytest.approx(row.loss, rel=1e-5)
+    assert file.tokens_per_second is not None

@@ -47,10 +47,12 @@ def load(model: str, checkpoint: str = "best") -> Loaded:
         restore(module, file)
         assert module.tokenizer is not None
         return Loaded(module.built_network.eval(), module.tokenizer, module.tokenizer_source)
+    from lightllm.export.factored import has_our_code
     from lightllm.models import BuildRequest, Pretrained, load_tokenizer
 
-    network = Pretrained(model, attention="sdpa")
-    tokenizer = load_tokenizer(model)
+    trusted = has_our_code(Path(model))
+    network = Pretrained(model, attention="sdpa", trust_remote_code=trusted)
+    tokenizer = load_tokenizer(model, trusted)
     return Loaded(network.build(BuildRequest("causal", tokenizer)).eval(), tokenizer, model)
 
 

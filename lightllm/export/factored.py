@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def with_code(merged: PreTrainedModel, folder: Path) -> PreTrainedModel:
     check_factored(merged)
     names = {"architecture": type(merged).__name__, "config": type(merged.config).__name__}
     model_type = merged.config.model_type
-    (folder / f"{MODULE}.py").write_text(_CODE.format(**names, model_type=model_type))
+    (folder / f"{MODULE}.py").write_text(_CODE.format(**names, model_type=model_type), encoding="utf-8")
     auto_class = "AutoModelForCausalLM" if merged.can_generate() else "AutoModel"
     fields = merged.config.to_dict() | {
         "model_type": f"factored_{model_type}",
@@ -87,6 +88,20 @@ def with_code(merged: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if network.can_generate():
         network.generation_config = merged.generation_config
     return network.eval()
+
+
+def has_our_code(folder: Path) -> bool:
+    """Whether a folder's code is, to the letter, what `with_code` would write for it, so that it can be run safely."""
+    file, config = folder / f"{MODULE}.py", folder / "config.json"
+    if not file.is_file() or not config.is_file():
+        return False
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    classes = [reference.removeprefix(f"{MODULE}.Factored") for reference in fields.get("auto_map", {}).values()]
+    if len(classes) != 2 or not all(re.fullmatch(r"\w+", name) for name in classes):
+        return False
+    names = dict(zip(("config", "architecture"), classes, strict=True))
+    model_type = str(fields.get("model_type")).removeprefix("factored_")
+    return file.read_text(encoding="utf-8") == _CODE.format(**names, model_type=model_type)
 
 
 def check_factored(network: PreTrainedModel) -> None:

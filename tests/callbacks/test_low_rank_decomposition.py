@@ -12,7 +12,7 @@ import yaml
 from command_line import lightllm, refused, save_chats, save_small_network, settle_in
 from tiny_objective import Batches, adamw, cut, documents, scratch
 from tiny_run import tiny_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from lightllm.callbacks import LowRankDecomposition
 from lightllm.cli.rebuild import load
@@ -67,6 +67,7 @@ def test_a_run_in_thin_matrices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, adapter: str
 ) -> None:
     settle_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     write_config(tmp_path, adapter)
     lightllm("fit", "--config", "config.yaml")
     assert "low rank: 14 layers of 0.01536M weights are two thin matrices of 0.007328M" in caplog.text
@@ -91,6 +92,7 @@ def test_a_run_in_thin_matrices(
     for exported in (dense, small):
         assert (outputs(exported, ROWS) - logits).abs().max() <= 2e-5 * logits.abs().max()
     sizes = {folder: (tmp_path / folder / "model.safetensors").stat().st_size for folder in ("small", "dense")}
+    lightllm("generate", "small", "Who?", "--decoding.max_new_tokens", "3")
     assert sizes["dense"] - sizes["small"] > 0.9 * 4 * (15_360 - 7_328)
 
 

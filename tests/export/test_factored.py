@@ -20,7 +20,7 @@ from lightllm.compression.low_rank_network import decomposable_layers, decompose
 from lightllm.compression.rank_choice import RankChoice
 from lightllm.export import export
 from lightllm.export.compare import outputs
-from lightllm.export.factored import MODULE, load_with_its_code, with_code
+from lightllm.export.factored import MODULE, has_our_code, load_with_its_code, with_code
 from lightllm.export.merge import merged_network, merged_weights
 from lightllm.models import LoRA
 
@@ -181,3 +181,21 @@ def test_thin_matrices_are_multiplied_out_in_float32() -> None:
     nn.init.normal_(layer.down.weight)
     plain = layer.plain_tensors_of({name: tensor.detach() for name, tensor in layer.state_dict().items()})
     assert torch.equal(plain["weight"], layer.up.weight.float() @ layer.down.weight.float())
+
+
+def test_only_our_own_code_is_known_as_such(tmp_path: Path) -> None:
+    folder = tmp_path / "factored"
+    export(thin(), tiny_tokenizer(), folder, layout="factored")
+    export(thin(), tiny_tokenizer(), tmp_path / "dense")
+    assert has_our_code(folder)
+    assert not has_our_code(tmp_path / "dense")
+    assert not has_our_code(tmp_path / "nowhere")
+    file, config = folder / f"{MODULE}.py", folder / "config.json"
+    code, fields = file.read_text(), config.read_text()
+    file.write_text(code + "\nimport os\n")
+    assert not has_our_code(folder)
+    file.write_text(code)
+    config.write_text(fields.replace("FactoredLlamaConfig", "FactoredLlamaConfig; import os"))
+    assert not has_our_code(folder)
+    file.write_text(code.replace("LlamaConfig", "LlamaConfig; import os"))
+    assert not has_our_code(folder)
