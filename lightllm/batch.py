@@ -106,6 +106,16 @@ def pad_documents(documents: Sequence[Document], length: int | None = None, padd
     return pack_documents([[document] for document in documents], length, padding_token)
 
 
+def batch_to(batch: TextBatch, device: torch.device) -> TextBatch:
+    """The batch on a device."""
+    return TextBatch(
+        input_ids=batch["input_ids"].to(device),
+        labels=batch["labels"].to(device),
+        position_ids=batch["position_ids"].to(device),
+        document_ids=batch["document_ids"].to(device),
+    )
+
+
 def padding_share(batch: TextBatch) -> float:
     """Share of the batch's positions that hold padding, between 0 and 1."""
     return float((batch["document_ids"] == PADDING_DOCUMENT).float().mean())

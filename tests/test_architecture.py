@@ -80,6 +80,7 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.heap",
         "modules.inner_losses",
         "modules.on_policy",
+        "modules.other_tokenizer",
         "modules.parameter_groups",
         "modules.run_length",
         "modules.scale_in_place",

@@ -23,6 +23,7 @@ DivergenceKind = Literal[
     "skewed_reverse_kl",
     "total_variation",
     "decoupled",
+    "universal",
 ]
 
 _DEFAULTS: dict[str, dict[str, float]] = {
@@ -45,7 +46,8 @@ class Divergence:
             (arXiv:2306.13649); `skewed_kl` KL(q || alpha q + (1 - alpha) p) and `skewed_reverse_kl`
             KL(p || alpha p + (1 - alpha) q) (arXiv:2402.03898); `total_variation` sum |p - q| / 2 (arXiv:2307.15190);
             `decoupled` alpha KL((q_y, 1 - q_y) || (p_y, 1 - p_y)) + beta KL(q || p over all tokens but y)
-            (arXiv:2203.08679).
+            (arXiv:2203.08679); `universal` sum |p - q| over both sorted by size, for a teacher with another tokenizer
+            (arXiv:2402.12030).
         temperature: Both networks' logits are divided by it, and the divergence is multiplied by its square, so that
             gradients keep their size (arXiv:1503.02531, section 2).
         alpha: 0.1 for the skewed kinds, in (0, 1); 1 for `decoupled`, at least 0.
@@ -125,7 +127,7 @@ def linear_divergence(
         student_hidden: Hidden states `[..., student's hidden]`.
         student_weight: Output matrix `[vocab, student's hidden]`.
         teacher_hidden: Hidden states `[..., teacher's hidden]`, of any dtype, which the teacher's weight shares.
-        teacher_weight: Output matrix `[vocab, teacher's hidden]`.
+        teacher_weight: Output matrix `[vocab, teacher's hidden]`; its vocabulary may be another for `universal` alone.
         labels: Token to predict at each position, int64 `[...]`, `ignore_index` where nothing is compared.
         kind: Which divergence: see `Divergence`, as for temperature, alpha and beta.
         temperature: Of both networks; 1 for the cross-entropy.
@@ -148,7 +150,7 @@ def linear_divergence(
     student_weight, student = checked_network(student_hidden, student_weight, student, labels, num_tokens, chunk_tokens)
     teacher_weight, teacher = checked_network(teacher_hidden, teacher_weight, teacher, labels, num_tokens, chunk_tokens)
     check_cross_entropy(cross_entropy)
-    _check_vocabularies(len(student_weight), len(teacher_weight))
+    _check_vocabularies(kind, len(student_weight), len(teacher_weight))
     dtypes = product_dtype(student_hidden, student_weight), product_dtype(teacher_hidden, teacher_weight)
     tensors = (student_hidden, student_weight, student.bias, teacher_hidden, teacher_weight, teacher.bias, labels)
     options = (*divergence.arguments(), cross_entropy, *student[1:], *teacher[1:], ignore_index, chunk_tokens, *dtypes)
@@ -186,13 +188,13 @@ def check_cross_entropy(cross_entropy: float) -> None:
         raise ValueError(f"cross_entropy is {cross_entropy}: give a weight of at least 0")
 
 
-def _check_vocabularies(student: int, teacher: int) -> None:
-    if student != teacher:
+def _check_vocabularies(kind: str, student: int, teacher: int) -> None:
+    if student != teacher and kind != "universal":
         raise ValueError(
             f"the student's vocabulary has {student} tokens and the teacher's {teacher}. If one tokenizer's is padded "
             f"to two sizes, give num_tokens ({min(student, teacher)} or the tokenizer's own number). If they are two "
-            "tokenizers', no divergence compares them token by token: give the student the teacher's tokenizer, take "
-            "a teacher with the student's, or train on the teacher's answers as text (FineTuning)"
+            "tokenizers', only the kind universal compares them: take that, give the student the teacher's tokenizer, "
+            "take a teacher with the student's, or train on the teacher's answers as text (FineTuning)"
         )
 
 

@@ -21,9 +21,9 @@ class Distributions(NamedTuple):
     student: Tensor
     """Probabilities p `[positions, vocab]`."""
     teacher: Tensor
-    """Probabilities q `[positions, vocab]`."""
+    """Probabilities q `[positions, vocab]`; of another vocabulary for `universal`."""
     log_ratio: Tensor
-    """r = log p - log q `[positions, vocab]`."""
+    """r = log p - log q `[positions, vocab]`; of no meaning for `universal`."""
     labels: Tensor
     """`[positions]`."""
 
@@ -103,6 +103,21 @@ def decoupled(given: Distributions, alpha: float, beta: float) -> Terms:
     return alpha * target + beta * others, gradient
 
 
+def universal(given: Distributions, alpha: float, beta: float) -> Terms:
+    """Take sum |p - q| over both sorted by size, whichever tokens they are of (ULD, arXiv:2402.12030, equation 5).
+
+    The vocabularies may have two sizes: the smaller one is filled up with tokens of probability 0.
+    """
+    student, order = given.student.sort(dim=1, descending=True)
+    teacher = given.teacher.sort(dim=1, descending=True).values
+    missing = student.shape[1] - teacher.shape[1]
+    beyond = teacher[:, student.shape[1] :].sum(1)
+    difference = student - torch.nn.functional.pad(teacher, (0, missing))  # which cuts where it is negative
+    values = difference.abs().sum(1).add_(beyond)
+    derivative = torch.empty_like(difference).scatter_(1, order, difference.sign_())
+    return values, _expected(given.student, derivative)[1]
+
+
 DIVERGENCES: dict[str, Callable[[Distributions, float, float], Terms]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -112,6 +127,7 @@ DIVERGENCES: dict[str, Callable[[Distributions, float, float], Terms]] = {
     "skewed_reverse_kl": skewed_reverse_kl,
     "total_variation": total_variation,
     "decoupled": decoupled,
+    "universal": universal,
 }
 """Each by its name; the arguments are the distributions, alpha and beta."""
 

@@ -184,6 +184,8 @@ class LogitOptions(NamedTuple):
     chunk_tokens: int | None
     dtype: torch.dtype
     """The dtype of the products."""
+    widest: int | None = None
+    """Vocabulary that blocks are cut for, where logits over two of them are walked side by side; their own if None."""
 
 
 class TargetLogits:
@@ -230,7 +232,7 @@ class TargetLogits:
         self.num_chunks = len(self._spans)
         longest = max((chunk.stop - chunk.start for chunk in self._spans), default=0)
         self._products = self.hidden.new_empty(longest, vocab)
-        self._block_length = min(block_length(vocab, hidden.device), longest)
+        self._block_length = min(block_length(options.widest or vocab, hidden.device), longest)
         self._probabilities = self.hidden.new_empty(self._block_length, vocab, dtype=wide)
         # Where the product has the dtype of the logits already, it becomes them in place.
         self._logits = None if dtype == wide else torch.empty_like(self._probabilities)

@@ -40,7 +40,7 @@ def position_divergences(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute each position's divergence, and the gradients of their sum by the student's inputs.
 
-    The arguments are those of `linear_divergence`, of one vocabulary, with the dtypes of the two products. Returns
+    The arguments are those of `linear_divergence`, cut to one vocabulary, with the dtypes of the two products. Returns
     what `position_losses` does. It is an operator so that torch.compile keeps it whole.
     """
     with torch.autocast(student_hidden.device.type, enabled=False):
@@ -49,12 +49,15 @@ def position_divergences(
         # Divided by the temperature, softcap and scale make logits that are.
         caps = (None if cap is None else cap / temperature for cap in (student_softcap, teacher_softcap))
         scales = (student_logit_scale / temperature, teacher_logit_scale / temperature)
+        widest = max(len(student_weight), len(teacher_weight))
         options, teacher_options = (
-            LogitOptions(cap, scale, ignore_index, length, dtype)
+            LogitOptions(cap, scale, ignore_index, length, dtype, widest)
             for cap, scale, dtype in zip(caps, scales, (student_dtype, teacher_dtype), strict=True)
         )
         student = TargetLogits(student_hidden, student_weight, student_bias, labels, options, needs_weight)
-        teacher = TargetLogits(teacher_hidden, teacher_weight, teacher_bias, labels, teacher_options, False)
+        # Of the teacher's they only say where: with another vocabulary they are none of its tokens.
+        where = labels if len(teacher_weight) == len(student_weight) else labels.where(labels == ignore_index, 0)
+        teacher = TargetLogits(teacher_hidden, teacher_weight, teacher_bias, where, teacher_options, False)
         needed = zip(
             (student_hidden, student_weight, student_bias), (needs_hidden, needs_weight, needs_bias), strict=True
         )
@@ -107,8 +110,10 @@ def _walk_blocks(
         labels = student.targets[chunk.start + block.start : chunk.start + block.stop]
         probabilities, log_normalizer = student.normalize(logits)
         teacher_probabilities, teacher_log_normalizer = teacher.normalize(teacher_logits)
-        log_ratio = torch.sub(logits, teacher_logits, out=teacher_logits)
-        log_ratio.sub_((log_normalizer - teacher_log_normalizer)[:, None])
+        log_ratio = teacher_logits
+        if terms.kind != "universal":
+            torch.sub(logits, teacher_logits, out=log_ratio)
+            log_ratio.sub_((log_normalizer - teacher_log_normalizer)[:, None])
         given = Distributions(probabilities, teacher_probabilities, log_ratio, labels)
         values[block], gradient = terms.divergence(given)
         if terms.cross_entropy:

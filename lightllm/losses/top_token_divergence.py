@@ -41,11 +41,10 @@ def check_from_top_tokens(kind: str) -> None:
         ValueError: It does.
     """
     if kind not in FROM_TOP_TOKENS:
-        why = (
-            "tells the label apart, which need not be among them"
-            if kind == "decoupled"
-            else "is an average over what the student finds likely, which need not be among them"
-        )
+        why = {
+            "decoupled": "tells the label apart, which need not be among them",
+            "universal": "compares all probabilities by their size",
+        }.get(kind, "is an average over what the student finds likely, which need not be among them")
         raise ValueError(
             f"{kind} cannot be learned from a teacher's likeliest tokens: it {why}; take "
             f"{', '.join(FROM_TOP_TOKENS[:-1])} or {FROM_TOP_TOKENS[-1]}, or a live teacher"

@@ -11,7 +11,13 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
-from lightllm.losses import Divergence, LogitTerms, linear_divergence, linear_top_token_divergence
+from lightllm.losses import (
+    Divergence,
+    LogitTerms,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_top_token_divergence,
+)
 from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import output_head
 from lightllm.models.hidden_states import hidden_states
@@ -21,9 +27,13 @@ from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import Answers, CachedTeacher, TeacherCache, check_cachable
 from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, InnerLosses, RelationLoss
 from lightllm.modules.on_policy import OnPolicy, check_answers, own_answers
-from lightllm.modules.teacher_network import build_teacher
+from lightllm.modules.other_tokenizer import Counterpart, OtherTokenizer
+from lightllm.modules.teacher_network import build_teacher, translator
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
 from lightllm.teaching.key import Lesson
+
+Knowledge = Tensor | Answers | Counterpart
+"""What is known of a teacher's predictions."""
 
 
 class DistillationMetrics(TokenMetrics):
@@ -59,7 +69,9 @@ class Distillation(LanguageModule):
         adapter: What of the student trains.
         teacher: Any causal network, in a dtype of its own.
         teacher_bits: Store the teacher's matrices in 4 bits (NF4) or 8 by bitsandbytes; None keeps its dtype.
-        divergence: What is minimised, and at which temperature.
+        divergence: What is minimised, and at which temperature; `universal` for a teacher with another tokenizer, which
+            reads the text of the data in its own tokens: the i-th target tokens of a document are compared, as many as
+            both have, so give it a `hard_loss` too.
         hard_loss: Weight of the cross-entropy on the labels.
         hidden_states: Compare hidden states too; between other widths, learned projections lead to the teacher's.
         relations: Compare relations in attention too.
@@ -105,6 +117,7 @@ class Distillation(LanguageModule):
         self.inner = InnerLosses(hidden_states, relations, embedding)
         self.teacher: nn.Module | None = None
         self.predictions: CachedTeacher | None = None
+        self._translator: OtherTokenizer | None = None
         self._student_states = InnerStates({}, {})
 
     @property
@@ -140,11 +153,20 @@ class Distillation(LanguageModule):
             check_answers(self.built_network, self.tokenizer)
         self.teacher = self.teacher or self.build_teacher()
         self.inner.join(self.built_network, self.teacher)
+        if self.divergence.kind == "universal":
+            source = self.teacher_network.tokenizer_source
+            self._translator = translator(self.tokenizer, source, self.teacher)
+            if self._translator is not None and self.inner.compares:
+                raise ValueError(
+                    "the teacher reads other tokens than the student, so that their inner states are not at the same "
+                    "positions: leave out hidden_states, relations and embedding"
+                )
 
     def build_teacher(self) -> nn.Module:
         """The teacher itself, for whoever trains beside it or asks it beforehand."""
         packed, compile = self._rows_are_packed(), self.plan.compile
-        teacher = build_teacher(self.teacher_network, self.tokenizer, self.teacher_bits, packed, compile)
+        others = self.divergence.kind == "universal"
+        teacher = build_teacher(self.teacher_network, self.tokenizer, self.teacher_bits, packed, compile, others)
         self.announcements.make("teacher", teacher)
         return teacher
 
@@ -201,31 +223,42 @@ class Distillation(LanguageModule):
         self.metrics.add_divergence(self._divergence(hidden, known, batch["labels"]))
 
     @torch.no_grad()
-    def _ask(self, batch: TextBatch, split: str) -> tuple[Tensor | Answers, InnerStates]:
-        """The teacher's last hidden states `[batch, seq, teacher's hidden]`, or what was kept of its predictions."""
+    def _ask(self, batch: TextBatch, split: str) -> tuple[Knowledge, InnerStates]:
+        """What the teacher knows: its last hidden states `[batch, seq, teacher's hidden]`, or what stands for them."""
         if self.predictions is not None:
             return self.predictions.answers(batch, split), InnerStates({}, {})
-        teacher = self.built_teacher
+        teacher, translated = self.built_teacher, None
+        if self._translator is not None:
+            translated = self._translator(batch)
+            batch = translated.batch
         # It does not drop units out: it is one function, not a sample of many. Between its calls it is in the mode
         # of all the rest, because Lightning warns of a fit that begins otherwise.
         teacher.eval()
         with self.inner.watch_teacher(teacher) as states:
-            hidden = hidden_states(teacher, batch)
+            hidden = hidden_states(teacher, batch).to(output_head(teacher).weight.dtype)
         teacher.train(self.training)
-        return hidden.to(output_head(teacher).weight.dtype), states
+        if translated is None:
+            return hidden, states
+        return Counterpart(hidden[batch["labels"] != IGNORE_INDEX], translated.labels), states
 
-    def _divergence(self, hidden: Tensor, known: Tensor | Answers, labels: Tensor, hard_loss: float = 0.0) -> Tensor:
+    def _divergence(self, hidden: Tensor, known: Knowledge, labels: Tensor, hard_loss: float = 0.0) -> Tensor:
         """The sum over target tokens. Vocabularies padded to two sizes are compared on what both have."""
         student, options = output_head(self.built_network), {**vars(self.divergence), "cross_entropy": hard_loss}
         terms = LogitTerms(*student[1:])
         if isinstance(known, Answers):
-            size = known.vocabulary
             given = (hidden, student.weight, known.tokens, labels)
-            return linear_top_token_divergence(*given, num_tokens=size, student=terms, **options)
+            return linear_top_token_divergence(*given, num_tokens=known.vocabulary, student=terms, **options)
         teacher = output_head(self.built_teacher)
+        options |= {"student": terms, "teacher": LogitTerms(*teacher[1:])}
+        if isinstance(known, Counterpart):
+            paired = known.labels != IGNORE_INDEX
+            pairs = (hidden[paired], student.weight, known.hidden, teacher.weight, labels[paired])
+            divergence = linear_divergence(*pairs, **{**options, "cross_entropy": 0.0})
+            if not hard_loss:
+                return divergence
+            return divergence + hard_loss * linear_cross_entropy(hidden, labels=labels, **student._asdict())
         size = min(len(student.weight), len(teacher.weight))
-        pairs = (hidden, student.weight, known, teacher.weight, labels)
-        return linear_divergence(*pairs, num_tokens=size, student=terms, teacher=LogitTerms(*teacher[1:]), **options)
+        return linear_divergence(hidden, student.weight, known, teacher.weight, labels, num_tokens=size, **options)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

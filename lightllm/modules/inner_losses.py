@@ -106,6 +106,11 @@ class InnerLosses(nn.Module):
         self._hidden_maps: dict[str, dict[int, int]] = {}
         self._relation_map: dict[int, int] = {}
 
+    @property
+    def compares(self) -> bool:
+        """Whether anything is compared."""
+        return bool(self.hidden_states) or self.relations is not None
+
     def join(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find which layers belong together, and make a projection for each pair of other widths.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, Document, TextBatch, pack_documents
+from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, Document, TextBatch, batch_to, pack_documents
 from lightllm.generate import Decoding, generate_ids
 from lightllm.generate.batches import check_generates
 from lightllm.models.anatomy import max_positions
@@ -105,10 +105,4 @@ def own_answers(
         rows.setdefault(prompt.row, []).append(Document([*prompt.tokens, *answer], targets, prompt.document))
     padding = tokenizer.pad_token_id
     made = pack_documents(list(rows.values()), padding_token=padding if isinstance(padding, int) else 0)
-    device = batch["input_ids"].device
-    return TextBatch(
-        input_ids=made["input_ids"].to(device),
-        labels=made["labels"].to(device),
-        position_ids=made["position_ids"].to(device),
-        document_ids=made["document_ids"].to(device),
-    )
+    return batch_to(made, batch["input_ids"].device)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from lightllm.batch import IGNORE_INDEX, Document, TextBatch, pack_documents
+from lightllm.batch import IGNORE_INDEX, Document, TextBatch, batch_to, pack_documents
 from lightllm.losses import (
     Divergence,
     LogitTerms,
@@ -82,9 +81,7 @@ class Asking:
     def _batch(self, documents: Documents, group: list[tuple[int, int]]) -> TextBatch:
         pieces = [documents.store.piece(document, 0, length) for document, length in group]
         rows: list[list[Document]] = [pieces] if self.packed else [[piece] for piece in pieces]
-        device = network_device(self.teacher)
-        batch = pack_documents(rows)
-        return cast("TextBatch", {name: cast("Tensor", tensor).to(device) for name, tensor in batch.items()})
+        return batch_to(pack_documents(rows), network_device(self.teacher))
 
     def _divergences(self, batches: list[TextBatch]) -> tuple[float, float]:
         """The student's divergence from the whole teacher, and from what is kept, in nats per target token."""

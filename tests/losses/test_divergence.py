@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
-from lightllm.losses import Divergence, LogitTerms, linear_cross_entropy, linear_divergence
+from lightllm.losses import Divergence, LogitTerms, linear_cross_entropy, linear_divergence, output_head
 from lightllm.losses.divergence_terms import DIVERGENCES
 
 VOCAB, WIDTH, TEACHER_WIDTH = 50, 12, 20
@@ -23,6 +23,7 @@ OPTIONS = [
     {"kind": "skewed_kl", "alpha": 0.7, "cross_entropy": 1.0},
     {"kind": "skewed_reverse_kl", "alpha": 0.7},
     {"kind": "total_variation", "temperature": 2.0},
+    {"kind": "universal", "temperature": 2.0, "cross_entropy": 0.4},
     {"kind": "decoupled", "alpha": 0.5, "beta": 3.0, "temperature": 2.0, "cross_entropy": 0.5},
 ]
 
@@ -69,6 +70,7 @@ def full_divergence(
         "skewed_kl": lambda: kl(q, (a := alpha or 0.1) * q + (1 - a) * p),
         "skewed_reverse_kl": lambda: kl(p, (a := alpha or 0.1) * p + (1 - a) * q),
         "total_variation": lambda: (p - q).abs().sum() / 2,
+        "universal": lambda: (p.sort(-1).values - q.sort(-1).values).abs().sum(),
         "decoupled": lambda: decoupled(1.0 if alpha is None else alpha, 1.0 if beta is None else beta),
     }
     return temperature**2 * values[kind]() + cross_entropy * F.cross_entropy(student[targets], labels, reduction="sum")
@@ -235,10 +237,38 @@ class TestPaddedVocabularies:
 
     def test_two_sizes_are_refused_with_what_can_be_done(self) -> None:
         hidden, weight, teacher_hidden, teacher_weight, labels = inputs()
-        with pytest.raises(ValueError, match=r"has 50 tokens and the teacher's 44.*num_tokens \(44 .*FineTuning"):
+        with pytest.raises(
+            ValueError, match=r"has 50 tokens and the teacher's 44.*num_tokens \(44 .*universal.*FineTuning"
+        ):
             linear_divergence(hidden, weight, teacher_hidden, teacher_weight[:44], labels % 44)
         with pytest.raises(ValueError, match=r"num_tokens is 47, and an output weight is \[44, 20\]"):
             linear_divergence(hidden, weight, teacher_hidden, teacher_weight[:44], labels % 44, num_tokens=47)
+
+
+class TestTwoVocabularies:
+    @pytest.mark.parametrize("teacher_vocab", [VOCAB - 13, VOCAB + 21])
+    @pytest.mark.parametrize("chunk_tokens", [None, 3])
+    def test_the_smaller_one_is_filled_up_with_nothing(self, teacher_vocab: int, chunk_tokens: int | None) -> None:
+        hidden, weight, teacher_hidden, _, labels = inputs(torch.float64)
+        teacher_weight = torch.randn(teacher_vocab, TEACHER_WIDTH, dtype=torch.float64)
+        labels[1, 0] = VOCAB - 1
+        given = (hidden, weight, teacher_hidden, teacher_weight, labels)
+        loss = linear_divergence(*given, kind="universal", chunk_tokens=chunk_tokens)
+        p, q = ((h @ w.t()).softmax(-1) for h, w in ((hidden, weight), (teacher_hidden, teacher_weight)))
+        p, q = (F.pad(one, (0, 80 - one.shape[-1])).sort(-1, descending=True).values for one in (p, q))
+        expected = (p - q).abs().sum(-1)[labels != IGNORE_INDEX].sum()
+        torch.testing.assert_close(loss, expected)
+        for gradient, reference in zip(
+            *(torch.autograd.grad(one, (hidden, weight)) for one in (loss, expected)), strict=True
+        ):
+            torch.testing.assert_close(gradient, reference)
+
+    def test_blocks_are_cut_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hidden, weight, teacher_hidden, teacher_weight, labels = inputs()
+        given = (hidden, weight, teacher_hidden, teacher_weight[:20], labels)
+        whole = linear_divergence(*given, kind="universal")
+        monkeypatch.setitem(output_head._BLOCK_ELEMENTS, "cpu", 2 * VOCAB)
+        torch.testing.assert_close(linear_divergence(*given, kind="universal"), whole)
 
 
 class TestWorkAndMemory:
@@ -260,7 +290,8 @@ class TestWorkAndMemory:
         given = self.inputs()
         with recorded() as work:
             linear_divergence(*given, chunk_tokens=self.chunk, **options).backward()
-        assert work.largest == self.chunk * self.vocab * 4
+        # Sorting a block, which the chunk is here, also gives each token's place, in 8 bytes.
+        assert work.largest == self.chunk * self.vocab * (8 if options["kind"] == "universal" else 4)
 
     @pytest.mark.parametrize(("trained", "products"), [(True, 4), (False, 3)])
     def test_only_needed_gradients_are_formed(self, recorded, trained: bool, products: int) -> None:
