@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 def parse(
     verb: str,
-    function: Callable[..., int],
+    function: Callable[..., object],
     usage: str,
     arguments: list[str],
     declare: Callable[[ArgumentParser], None] | None = None,
@@ -23,7 +23,8 @@ def parse(
 
     Args:
         verb: As it is typed.
-        function: What the verb does; its parameters without a default are positional, the others are options.
+        function: What the verb does, or a dataclass of what is asked of it, for a verb of many options; parameters
+            without a default are positional, the others are options.
         usage: What follows the verb in its usage.
         arguments: The command line after the verb.
         declare: Adds to the parser what should not be as the function's signature has it; those parameters are skipped.
@@ -41,7 +42,8 @@ def parse(
     if declare is not None:
         declare(parser)
     declared: set[str | int] = {action.dest for action in parser._actions}
-    names = parser.add_function_arguments(function, as_positional=True, skip=declared)
+    add = parser.add_class_arguments if isinstance(function, type) else parser.add_function_arguments
+    names = add(function, as_positional=True, skip=declared)
     try:
         return dict(parser.instantiate_classes(parser.parse_args(arguments)).as_dict())
     except argparse.ArgumentError as error:

@@ -19,7 +19,8 @@ from lightllm.cli.errors import run_explained
 from lightllm.generate.decoding import Decoding
 from lightllm.runs import RunFolder
 
-Format = Literal["merged", "factored", "adapter", "gguf"]
+Format = Literal["merged", "factored", "adapter", "torchao", "gguf"]
+GGUFType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 
 
 def main(verb: str, arguments: list[str]) -> int:
@@ -93,18 +94,22 @@ def export(
     to: str | None = None,
     format: Format = "merged",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"] = "F16",
+    gguf_type: GGUFType | None = None,
+    gguf_embedding: GGUFType | None = None,
     checkpoint: str = "best",
 ) -> int:
     """Write a model as an ordinary Hugging Face folder, an adapter, or a GGUF file; read back and compared.
 
     Args:
         model: A run folder, or anything else that holds a model.
-        to: Where to; a run's is RUN/export by default.
+        to: Where to; RUN/export, RUN/export-torchao or RUN/export.gguf by default.
         format: `merged` is a whole Hugging Face folder, `factored` one that keeps thin matrices and has code to load
-            them, `adapter` peft's layout, `gguf` a file for llama.cpp.
+            them, `adapter` peft's layout, `torchao` a folder with the few bits that a run was trained for, `gguf` a
+            file for llama.cpp.
         dtype: Of merged or factored weights.
-        gguf_type: Of a GGUF file's matrices.
+        gguf_type: Of a GGUF file's matrices; the type that a run was trained for, or else F16, by default.
+        gguf_embedding: Of its embedding and head; 16 bits for a run that was trained for few, else Q8_0 beside Q4_0 and
+            Q4_1, else as the matrices, by default.
         checkpoint: Of a run: best, newest or a file.
     """
     import torch
@@ -117,14 +122,15 @@ def export(
     if to is None and not run.exists:
         raise ValueError(f"{model!r} is no run folder: say with --to where to write")
     loaded = load(model, checkpoint)
+    names = {"gguf": "export.gguf", "torchao": "export-torchao"}
+    target = Path(to) if to is not None else run.path / names.get(format, run.export.name)
     if format == "gguf":
-        target = Path(to) if to is not None else run.path / "export.gguf"
-        report = write_gguf(loaded.network, loaded.tokenizer, target, gguf_type)
+        report = write_gguf(loaded.network, loaded.tokenizer, target, gguf_type, gguf_embedding)
     else:
         report = write(
             loaded.network,
             loaded.tokenizer,
-            Path(to) if to is not None else run.export,
+            target,
             layout=format,
             dtype=getattr(torch, dtype) if dtype else None,
             base_model=loaded.base,
@@ -159,6 +165,6 @@ VERBS: dict[str, Callable[..., int]] = {"generate": generate, "chat": chat, "exp
 USAGE = {
     "generate": "MODEL PROMPT [--as_chat] [--decoding.temperature 0.8 …]",
     "chat": "MODEL [--system TEXT] [--decoding.temperature 0.8 …]",
-    "export": "MODEL [--to PATH] [--format merged | factored | adapter | gguf]",
+    "export": "MODEL [--to PATH] [--format merged | factored | adapter | torchao | gguf]",
     "configs": "[NAME [--to PATH]]",
 }

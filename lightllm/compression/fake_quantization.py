@@ -6,7 +6,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightllm.compression.effective_weight import EffectiveLayer
-from lightllm.compression.fake_quantizer import GridFakeQuantizer, fake_quantize
+from lightllm.compression.effects import effective_layers
+from lightllm.compression.fake_quantizer import GridFakeQuantizer, LowBitWeight, fake_quantize
 from lightllm.compression.schemes import Scheme
 from lightllm.models.anatomy import has_adapter
 from lightllm.models.transformation import Record, Transformation, TransformationKind
@@ -46,3 +47,24 @@ class FakeQuantization(Transformation):
             if self.train_base:
                 layer.base.weight.requires_grad_(True)
         return None
+
+
+def low_bit_weights(network: nn.Module) -> dict[str, LowBitWeight]:
+    """The rounded weights as a file of few bits holds them, by their layers' names in the plain network."""
+    rounded = _rounded(network)
+    return {name: quantizer.low_bits(layer.masked_weight()) for name, (layer, quantizer) in rounded.items()}
+
+
+def quantization_schemes(network: nn.Module) -> set[Scheme]:
+    """How layers of a network are rounded: nothing, one scheme, or another for some of them."""
+    return {quantizer.scheme for _, quantizer in _rounded(network).values()}
+
+
+def _rounded(network: nn.Module) -> dict[str, tuple[EffectiveLayer, GridFakeQuantizer]]:
+    """The layers that something rounds to a grid now."""
+    found = {}
+    for name, layer in effective_layers(network).items():
+        quantizer = layer.effect.fake_quantizer
+        if isinstance(quantizer, GridFakeQuantizer) and quantizer.enabled:
+            found[name] = (layer, quantizer)
+    return found

@@ -29,6 +29,8 @@ class LowBitWeight(NamedTuple):
     """`[out, in]`, int8."""
     scales: Tensor
     """`[out, groups]`, in the dtype in which they multiply the integers."""
+    bits: int
+    """Of an integer."""
 
     def dense(self) -> Tensor:
         """What it stands for, `[out, in]`."""
@@ -41,7 +43,7 @@ def to_low_bits(weight: Tensor, grid: Grid, scales: Tensor | None = None) -> Low
     groups = grid.groups(weight.detach())
     scales = grid.scales(groups) if scales is None else scales
     integers = grid.integers(groups, scales).flatten(-2).to(torch.int8)
-    return LowBitWeight(integers, grid.stored_scales(scales).squeeze(-1))
+    return LowBitWeight(integers, grid.stored_scales(scales).squeeze(-1), grid.bits)
 
 
 class SharedInputs:
@@ -112,9 +114,10 @@ class GridFakeQuantizer(FakeQuantizer):
     def freeze_scales(self, weight: Tensor) -> None:
         """Round by the scales of this weight `[out, in]` from now on, which then no longer follow the weight."""
         grid = self.scheme.grid
-        self._freeze(grid.scales(grid.groups(weight.detach())))
+        self.freeze(grid.scales(grid.groups(weight.detach())))
 
-    def _freeze(self, scales: Tensor) -> None:
+    def freeze(self, scales: Tensor) -> None:
+        """Round by these scales `[out, groups, 1]` from now on; by the weight's own if they are empty."""
         self.frozen_scales = scales
         self.is_straight_through = scales.numel() == 0
 
@@ -130,7 +133,7 @@ class GridFakeQuantizer(FakeQuantizer):
     def set_extra_state(self, state: Tensor) -> None:
         self.enabled = state.numel() > 0
         scales = state if state.ndim == 3 else torch.empty(0)
-        self._freeze(scales.to(self.frozen_scales.device, copy=True))
+        self.freeze(scales.to(self.frozen_scales.device, copy=True))
 
 
 def fake_quantize(network: nn.Module, scheme: Scheme, leave_out: list[str]) -> dict[str, EffectiveLayer]:
@@ -155,12 +158,6 @@ def fake_quantize(network: nn.Module, scheme: Scheme, leave_out: list[str]) -> d
             raise ValueError(f"{name} is quantized already: name it in leave_out of one of the two")
         layer.effect.fake_quantizer = GridFakeQuantizer(scheme, shared).to(layer.base.weight.device)
     return layers
-
-
-def grid_quantizer(layer: EffectiveLayer) -> GridFakeQuantizer | None:
-    """What rounds a layer to a grid; None if nothing does, or if it is switched off."""
-    quantizer = layer.effect.fake_quantizer
-    return quantizer if isinstance(quantizer, GridFakeQuantizer) and quantizer.enabled else None
 
 
 def straight_through(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

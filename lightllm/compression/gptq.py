@@ -32,6 +32,7 @@ def gptq(
     block_size: int = 128,
     damping: float = 0.01,
     activation_order: bool = False,
+    keep_zeros: bool = False,
 ) -> Rounded:
     """Round a weight to a grid, column by column.
 
@@ -44,6 +45,7 @@ def gptq(
         damping: Added to the second moment's diagonal, as a share of its mean.
         activation_order: Begin with the columns whose inputs are largest, when all others can still make up for them.
             Scales are those of the weight as it was; without it, those of each group when its turn comes.
+        keep_zeros: What is zero stays zero: a pruned weight keeps its mask. What others make up for includes that.
 
     Returns:
         The rounded weight, and its scales.
@@ -55,6 +57,7 @@ def gptq(
     second_moment = second_moment.to(weight.dtype)
     groups = grid.groups(weight)
     size = groups.shape[-1]
+    kept = weight != 0 if keep_zeros else torch.ones_like(weight, dtype=torch.bool)
     if size <= block_size:
         block_size -= block_size % size
     elif block_size > 0 and size % block_size and size < weight.shape[1]:
@@ -66,7 +69,7 @@ def gptq(
         rounded = replace_columns(
             weight[:, order],
             factor,
-            lambda column, now: _on_grid(grid, now, column, scales[:, order[column] // size]),
+            lambda column, now: _on_grid(grid, now, column, scales[:, order[column] // size]) * kept[:, order[column]],
             block_size,
         )
         return Rounded(rounded[:, order.argsort()], scales)
@@ -75,7 +78,7 @@ def gptq(
     def replace(column: int, current: Tensor) -> Tensor:
         if column % size == 0:
             found.append(grid.scales(current[:, column : column + size].contiguous()))
-        return _on_grid(grid, current, column, found[-1])
+        return _on_grid(grid, current, column, found[-1]) * kept[:, column]
 
     rounded = replace_columns(weight, inverse_factor(second_moment, damping), replace, block_size)
     return Rounded(rounded, torch.stack(found, dim=1))

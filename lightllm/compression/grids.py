@@ -17,6 +17,8 @@ from typing_extensions import override
 class Grid(ABC):
     """Integers times a scale, one scale a group."""
 
+    bits: int
+    """Of an integer."""
     group_size: int | None
     """How many neighbours in a row share a scale; None: the whole row."""
 
@@ -112,6 +114,7 @@ class Q4_0Grid(Grid):
     """
 
     group_size: int | None = 32
+    bits: int = 4
 
     @override
     def scales(self, groups: Tensor) -> Tensor:
@@ -139,6 +142,7 @@ class Q8_0Grid(Grid):
     """GGUF's Q8_0: `-127 … 127`, halves rounded away from zero, times a scale in float16; see `Q4_0Grid`."""
 
     group_size: int | None = 32
+    bits: int = 8
 
     @override
     def scales(self, groups: Tensor) -> Tensor:

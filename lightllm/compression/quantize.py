@@ -1,10 +1,11 @@
-"""Networks of torchao's low-bit tensors: weights rounded by torchao itself, or put into its tensors as they are given.
+"""Networks of torchao's low-bit tensors, made of integers and scales as they are given.
 
 Torchao takes a second to import, so it is imported where it is used.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TorchAoConfig
 
 from lightllm.compression.fake_quantizer import LowBitWeight
-from lightllm.compression.schemes import Scheme, check_groups
+from lightllm.compression.schemes import Scheme
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -45,26 +46,6 @@ def torchao_config(scheme: Scheme) -> AOBaseConfig:
     )
 
 
-def quantize_layers(network: PreTrainedModel, scheme: Scheme, names: Iterable[str]) -> None:
-    """Round linear layers to nearest by torchao, in place.
-
-    Args:
-        network: A plain network; its dtype is the one that scales get.
-        scheme: How.
-        names: Of the layers.
-
-    Raises:
-        ValueError: A layer does not divide into the scheme's groups; see also `torchao_config`.
-    """
-    configuration = torchao_config(scheme)
-    from torchao.quantization import quantize_
-
-    layers = _linear_layers(network, names)
-    check_groups(scheme, layers)
-    quantize_(network, configuration, filter_fn=lambda _, name: name in layers)
-    _declare(network, configuration, layers)
-
-
 def store_layers(network: PreTrainedModel, scheme: Scheme, weights: Mapping[str, LowBitWeight]) -> None:
     """Put weights that are rounded already into torchao's tensors, in place.
 
@@ -82,6 +63,15 @@ def store_layers(network: PreTrainedModel, scheme: Scheme, weights: Mapping[str,
         stored = _tensor(weights[name], scheme, layer.weight.dtype)
         layer.weight = nn.Parameter(stored, requires_grad=False)
     _declare(network, configuration, layers)
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of torchao's."""
+    if "torchao" not in sys.modules:  # then there is none
+        return False
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
@@ -111,14 +101,12 @@ def _tensor(weight: LowBitWeight, scheme: Scheme, dtype: torch.dtype) -> Tensor:
 
     group_size = weight.integers.shape[1] // weight.scales.shape[1]
     zeros = torch.zeros_like(weight.scales, dtype=torch.int8)
-    if scheme.bits == 4:
+    scales = weight.scales.float() if dtype == torch.float32 or scheme.grid.bits == 8 else weight.scales
+    if scheme.grid.bits == 4:
         kind = "int8_asym_per_token" if scheme.inputs is not None else None
-        tensor: Tensor = IntxUnpackedToInt8Tensor(
-            weight.integers, weight.scales, zeros, _int4(), (1, group_size), dtype, kind
-        )
+        tensor: Tensor = IntxUnpackedToInt8Tensor(weight.integers, scales, zeros, _int4(), (1, group_size), dtype, kind)
         return tensor
     inputs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if scheme.inputs is not None else None
-    scales = weight.scales.float()
     stored: Tensor = Int8Tensor(
         weight.integers, scales, [1, group_size], dtype, zero_point=zeros, act_quant_kwargs=inputs
     )

@@ -27,11 +27,6 @@ class Scheme(NamedTuple):
     inputs: Callable[[Tensor], Tensor] | None
     """From inputs `[..., in]` to rounded ones; None leaves them as they are."""
 
-    @property
-    def bits(self) -> int:
-        """Of a weight."""
-        return bits_of(self.name)
-
 
 def make_scheme(name: SchemeName, group_size: int | None = None, target: Target = "torchao") -> Scheme:
     """The scheme of a name.

@@ -1,6 +1,7 @@
 """From a network to files that others load: Hugging Face folders, peft adapters, GGUF."""
 
-from lightllm.export.gguf import GGUF_TYPES, GGUFType, write_gguf
+from lightllm.export.gguf import write_gguf
+from lightllm.export.gguf_tensors import GGUF_TYPES, GGUFType
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
 from lightllm.export.write import Layout, export

@@ -74,7 +74,7 @@ def checked_difference(network: nn.Module, exported: nn.Module, dtype: torch.dty
 
 def _noise(network: nn.Module, epsilon: float) -> float:
     """By how much logits move when every weight does, at random, by up to `epsilon` of itself; the weights stay so."""
-    rows = _rows(network)
+    rows = random_rows(network)
     before = outputs(network, rows)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def _noise(network: nn.Module, epsilon: float) -> float:
 
 def difference(network: nn.Module, other: nn.Module) -> Difference:
     """Compare two networks' logits (or hidden states, without a head) on rows of random tokens."""
-    rows = _rows(network)
+    rows = random_rows(network)
     ours, theirs = outputs(network, rows), outputs(other, rows)
     absolute = (ours - theirs).abs().max().item()
     return Difference(absolute, absolute / ours.abs().max().item())
@@ -100,6 +100,6 @@ def outputs(network: nn.Module, rows: Tensor) -> Tensor:
     return (result.logits if "logits" in result else result.last_hidden_state).float()
 
 
-def _rows(network: nn.Module) -> Tensor:
+def random_rows(network: nn.Module) -> Tensor:
     """Random token ids, `[4, 32]`."""
     return torch.randint(vocabulary_size(network), (4, 32), generator=torch.Generator().manual_seed(0))

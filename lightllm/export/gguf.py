@@ -1,6 +1,7 @@
 """GGUF files, for llama.cpp and what is built on it: one file with weights, configuration, tokenizer, chat template.
 
-The names and orders of tensors are those of llama.cpp's own converter. Quantization is by the `gguf` package.
+The names and orders of tensors are those of llama.cpp's own converter. What is not
+quantized yet is quantized by the `gguf` package.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from lightllm.compression.effects import inputs_as_they_are
+from lightllm.compression.fake_quantization import low_bit_weights
+from lightllm.compression.fake_quantizer import LowBitWeight
 from lightllm.export.compare import Difference, checked_difference, difference
+from lightllm.export.gguf_tensors import BLOCK, Array, GGUFType, Stored, blocks, fitting, interleaved, is_exact, type_of
 from lightllm.export.gguf_vocabulary import vocabulary
 from lightllm.export.merge import merged_weights
 from lightllm.export.report import ExportReport
@@ -28,43 +34,32 @@ from lightllm.models.stop_tokens import end_of_turn_id
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-GGUFType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
-GGUF_TYPES: tuple[GGUFType, ...] = get_args(GGUFType)
-"""How the matrices of a GGUF file can be stored: 32, 16, 16, 8.5, 4.5 and 5 bits a weight."""
-
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model types that can be written, and llama.cpp's names for them."""
-
-
-class _Stored(NamedTuple):
-    """One tensor of the file."""
-
-    source: str
-    """Its name in the network."""
-    name: str
-    """Its name in the file."""
-    kind: GGUFType
 
 
 def write_gguf(
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
-    dtype: GGUFType = "F16",
+    dtype: GGUFType | None = None,
     embedding_dtype: GGUFType | None = None,
 ) -> ExportReport:
     """Write a network as one GGUF file, read it back with transformers, and compare.
 
     Every weight that is read back must be the network's, rounded as its type says, to the last bit; the logits'
-    difference, which few bits make large, is reported. Vectors stay in F32, and matrices whose rows don't divide into
-    blocks of 32 are F16 where fewer bits are asked for. The file appears whole or not at all.
+    difference, which few bits make large, is reported. A fake-quantized network's integers and scales (these in
+    float16) are written as they are, where the type has as many bits and blocks of 32 fit into its groups. Vectors stay
+    in F32, and matrices whose rows don't divide into blocks of 32 are F16 where fewer bits are asked for. The file
+    appears whole or not at all.
 
     Args:
         network: A transformers model of one of `ARCHITECTURES`, or a peft model around one, which is merged.
         tokenizer: The network's; byte-level BPE.
         path: The file.
-        dtype: Of the matrices.
-        embedding_dtype: Of the token embedding and the head, by default `Q8_0` in a file of 4 bits, else `dtype`.
+        dtype: Of the matrices; by default Q4_0 or Q8_0 for a network that is fake-quantized to as many bits, else F16.
+        embedding_dtype: Of the token embedding and the head. By default 16 bits for a fake-quantized network, `Q8_0` in
+            another file of 4 bits, else `dtype`.
 
     Raises:
         ValueError: The architecture, its variant or the tokenizer cannot be written, the `gguf` package is missing, or
@@ -82,7 +77,9 @@ def write_gguf(
         weights["lm_head.weight"].float(), weights["model.embed_tokens.weight"].float()
     ):
         del weights["lm_head.weight"]
-    stored = _plan(weights, config, dtype, embedding_dtype or ("Q8_0" if dtype.startswith("Q4") else dtype))
+    low_bits = low_bit_weights(network)
+    stored = _plan(weights, low_bits, config, dtype, embedding_dtype)
+    dtype = dtype or _prevailing(stored)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -123,8 +120,12 @@ def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _plan(
-    weights: dict[str, Tensor], config: PreTrainedConfig, dtype: GGUFType, embedding_dtype: GGUFType
-) -> list[_Stored]:
+    weights: dict[str, Tensor],
+    low_bits: dict[str, LowBitWeight],
+    config: PreTrainedConfig,
+    dtype: GGUFType | None,
+    embedding_dtype: GGUFType | None,
+) -> list[Stored]:
     """The file's tensors, in the network's order."""
     import gguf
 
@@ -135,15 +136,29 @@ def _plan(
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"the weight {source!r} has no place in a GGUF file of a {config.model_type} network")
-        kind = embedding_dtype if name in ("token_embd.weight", "output.weight") else dtype
+        rounded = low_bits.get(source.removesuffix(".weight"))
+        kind = dtype or ("F16" if rounded is None else type_of(rounded))
         if tensor.dim() == 1:
             kind = "F32"
-        elif kind.startswith("Q") and tensor.shape[1] % 32:
+        elif name in ("token_embd.weight", "output.weight"):
+            kind = embedding_dtype or _embedding_type(tensor.dtype, dtype, bool(low_bits))
+        if kind.startswith("Q") and tensor.shape[1] % BLOCK:
             kind = "F16"
         if kind == "F16" and tensor.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"the weight {source!r} has values beyond those of F16: choose BF16 or F32")
-        stored.append(_Stored(source, name, kind))
+        stored.append(Stored(source, name, kind, fitting(rounded, kind)))
     return stored
+
+
+def _embedding_type(own: torch.dtype, dtype: GGUFType | None, is_quantized: bool) -> GGUFType:
+    if is_quantized and (dtype is None or dtype.startswith("Q")):
+        return "BF16" if own == torch.bfloat16 else "F16"
+    return "Q8_0" if dtype is not None and dtype.startswith("Q4") else dtype or "F16"
+
+
+def _prevailing(stored: list[Stored]) -> GGUFType:
+    """The type of most matrices."""
+    return Counter(one.kind for one in stored if one.kind != "F32").most_common(1)[0][0]
 
 
 def _describe(writer: GGUFWriter, config: PreTrainedConfig, dtype: GGUFType, name: str) -> None:
@@ -197,13 +212,13 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _write_tensors(
-    writer: GGUFWriter, weights: dict[str, Tensor], stored: list[_Stored], config: PreTrainedConfig
+    writer: GGUFWriter, weights: dict[str, Tensor], stored: list[Stored], config: PreTrainedConfig
 ) -> None:
     """Write one tensor after the other, so that no more than one is held in the file's form."""
     import gguf
 
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for source, name, kind in stored:
+    for source, name, kind, _ in stored:
         shape, quantization = tuple(weights[source].shape), gguf.GGMLQuantizationType[kind]
         if kind in ("F32", "F16"):
             plain = np.dtype(np.float32 if kind == "F32" else np.float16)
@@ -214,53 +229,55 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for source, _, kind in stored:
-        array = _array(weights[source])
-        projection = source.split(".")[-2]
+    for one in stored:
+        rows = _encoded(weights[one.source], one)
+        projection = one.source.split(".")[-2]
         if ARCHITECTURES[config.model_type] == "llama" and projection in heads:
-            array = _interleaved(array, heads[projection])
-        writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind]))
+            rows = interleaved(rows, heads[projection])
+        writer.write_tensor_data(rows)
     writer.close()
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.float().cpu().contiguous().numpy()
+def _encoded(tensor: Tensor, stored: Stored) -> Array:
+    """A tensor's rows as the file has them: `[out, bytes]` for the types of few bits."""
+    import gguf
 
-
-def _interleaved(array: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
-    """Rows of a query or key projection in the order of llama.cpp's rotary embedding.
-
-    transformers rotates a head's first half with its second, llama.cpp each even row with the odd one after it.
-    """
-    halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+    if stored.low_bits is not None:
+        return blocks(stored.low_bits)
+    array = tensor.float().cpu().contiguous().numpy()
+    rows: Array = gguf.quants.quantize(array, gguf.GGMLQuantizationType[stored.kind])
+    return rows
 
 
 def _verify(
-    path: Path, network: nn.Module, config: PreTrainedConfig, weights: dict[str, Tensor], stored: list[_Stored]
+    path: Path, network: nn.Module, config: PreTrainedConfig, weights: dict[str, Tensor], stored: list[Stored]
 ) -> Difference:
     """Read the file with transformers: every weight must be the network's, rounded as its type says.
 
     Raises:
-        ValueError: One is not, or a number of the configuration, or an F32 file's logits differ by more than rounding.
+        ValueError: One is not, or a number of the configuration, or the logits differ by more than rounding though the
+            file holds all that the network computes with.
     """
     import gguf
 
     with no_progress_bars():
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     written = loaded.state_dict()
-    for source, name, kind in stored:
-        quantization = gguf.GGMLQuantizationType[kind]
-        rounded = gguf.quants.dequantize(gguf.quants.quantize(_array(weights[source]), quantization), quantization)
-        if not torch.equal(written[source].float().cpu(), torch.from_numpy(rounded)):
-            raise ValueError(f"the GGUF file's {name} is not the network's {source}: the file would be wrong")
+    for one in stored:
+        rows = _encoded(weights[one.source], one)
+        rounded = torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[one.kind]))
+        if not torch.equal(written[one.source].float().cpu(), rounded):
+            raise ValueError(f"the GGUF file's {one.name} is not the network's {one.source}: the file would be wrong")
     for name, value in _numbers(config).items():
         if not math.isclose(_numbers(loaded.config)[name], value, rel_tol=1e-6):
             raise ValueError(f"the GGUF file is read back with another {name} than {value}: the file would be wrong")
     read: nn.Module = loaded
     read.to(network_device(network))
-    exact = all(kind == "F32" for _, _, kind in stored)
-    return checked_difference(network, read, torch.float32) if exact else difference(network, read)
+    found = difference(network, read)
+    if all(is_exact(weights[one.source], one) for one in stored):
+        with inputs_as_they_are(network):
+            checked_difference(network, read, torch.float32)
+    return found
 
 
 def _numbers(config: PreTrainedConfig) -> dict[str, float]:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightllm.compression.factored_linear import FactoredLinear, factored, replace_layers
+from lightllm.compression.quantize import is_stored, stored_weight
 from lightllm.models.anatomy import transformers_network
+from lightllm.models.inference import network_device
 from lightllm.models.low_bit import dequantized_weight, is_low_bit
 from lightllm.models.module_copy import copy_without_hooks
 from lightllm.models.plain_tensors import MadeOfParts, StandsForPlain
+from lightllm.models.progress import no_progress_bars
 
 
 def merged_network(
@@ -68,6 +71,28 @@ def merged_network(
         merged.generation_config = deepcopy(base.generation_config)
         merged.generation_config._from_model_config = False  # else transformers may derive it anew
     return merged.eval()
+
+
+def plain_network(network: nn.Module) -> PreTrainedModel:
+    """A network of ordinary layers that computes what `network` does, in float32 and with memory of its own.
+
+    Args:
+        network: A transformers model, or a peft model around one.
+
+    Raises:
+        ValueError: See `merged_network`.
+    """
+    merged = merged_network(network, torch.float32)
+    weights = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    config = merged.config
+    config.use_cache = False
+    with no_progress_bars():
+        plain = type(merged).from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    moved: nn.Module = plain
+    moved.to(network_device(network))
+    return plain.eval()
 
 
 def merged_weights(network: nn.Module, keep_factored: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +176,10 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers of a module without its children, at full width."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        tensors[name] = dequantized_weight(module) if name == "weight" and is_low_bit(module) else parameter.detach()
+        if name == "weight" and is_low_bit(module):
+            tensors[name] = dequantized_weight(module)
+        else:
+            tensors[name] = stored_weight(module) if is_stored(parameter) else parameter.detach()
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
         if name not in module._non_persistent_buffers_set:
             tensors[name] = buffer.detach()

@@ -11,10 +11,18 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lightllm.compression.fake_quantization import low_bit_weights, quantization_schemes
 from lightllm.compression.low_rank_network import factored_layers
-from lightllm.export.compare import checked_difference, verify
+from lightllm.compression.quantize import store_layers, stored_weight
+from lightllm.export.compare import checked_difference, difference, verify
 from lightllm.export.factored import check_factored, load_with_its_code, with_code
 from lightllm.export.folder import written_whole
 from lightllm.export.merge import merged_network
@@ -24,7 +32,7 @@ from lightllm.models.inference import network_device
 from lightllm.models.progress import no_progress_bars
 from lightllm.models.stop_tokens import stop_token_ids
 
-Layout = Literal["merged", "adapter", "factored"]
+Layout = Literal["merged", "adapter", "factored", "torchao"]
 
 
 def export(
@@ -41,15 +49,16 @@ def export(
     `merged` is an ordinary Hugging Face folder: configuration, weights with any adapter merged, generation
     configuration, tokenizer and chat template. `adapter` is peft's layout, for `PeftModel.from_pretrained`. `factored`
     is a Hugging Face folder that keeps thin matrices as such, with a file of code by which transformers loads it if
-    `trust_remote_code` is set. The network is left as it was. The folder appears whole or not at all, and replaces an
-    earlier export.
+    `trust_remote_code` is set. `torchao` has the integers and scales of a fake-quantized network in torchao's tensors,
+    which `AutoModelForCausalLM.from_pretrained` loads where torchao is installed. The network is left as it was. The
+    folder appears whole or not at all, and replaces an earlier export.
 
     Args:
         network: A transformers model, or a peft model around one.
         tokenizer: The network's.
         folder: Where to write.
-        layout: `merged`, `adapter` or `factored`.
-        dtype: Of merged or factored weights; see `merged_network` for the default. An adapter keeps its own.
+        layout: `merged`, `adapter`, `factored` or `torchao`.
+        dtype: Of all but an adapter, which keeps its own; see `merged_network` for the default.
         base_model: What an adapter's configuration names as its base; by default what the base was loaded from.
 
     Raises:
@@ -62,6 +71,8 @@ def export(
             written = _write_merged(network, tokenizer, unfinished, dtype)
         elif layout == "factored":
             written = _write_factored(network, tokenizer, unfinished, dtype)
+        elif layout == "torchao":
+            written = _write_torchao(network, tokenizer, unfinished, dtype)
         else:
             written = _write_adapter(network, unfinished, base_model)
         tokenizer.save_pretrained(unfinished)
@@ -106,6 +117,33 @@ def _save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     return dtype
 
 
+def _write_torchao(
+    network: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None
+) -> _Written:
+    schemes, weights = quantization_schemes(network), low_bit_weights(network)
+    if len(schemes) != 1:
+        names = " and of ".join(sorted(scheme.name for scheme in schemes))
+        raise ValueError(
+            f"layers are of {names}, and torchao's folder is of one scheme: export with layout='merged', or as GGUF"
+            if schemes
+            else "nothing in this network is quantized: train with QuantizationAwareTraining, or use lightllm quantize"
+        )
+    merged = merged_network(network, dtype)
+    store_layers(merged, schemes.pop(), weights)
+    saved = _save(merged, tokenizer, folder)
+    with no_progress_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+    written, read = merged.state_dict(), loaded.state_dict()
+    for name, tensor in written.items():
+        layer = name.removesuffix(".weight")
+        expected = weights[layer].dense().float() if layer in weights else tensor
+        found = stored_weight(loaded.get_submodule(layer)) if layer in weights else read[name]
+        if not torch.equal(found, expected):
+            raise ValueError(f"{name} is read back as another than was written: the export would be wrong")
+    exported: nn.Module = loaded
+    return _Written(str(saved).removeprefix("torch."), *difference(network, exported.to(network_device(network))))
+
+
 def _name_special_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer's special tokens where generation reads them; a configuration's own may be another's."""
     stops = stop_token_ids(network, tokenizer)
@@ -129,6 +167,11 @@ def _write_adapter(network: nn.Module, folder: Path, base_model: str | None) -> 
         raise ValueError(
             "the adapter is on thin matrices, which the network that it names as its base does not have: export with "
             "layout='merged' or 'factored'"
+        )
+    if any(weight.requires_grad for key, weight in network.named_parameters() if ".base_layer." in key):
+        raise ValueError(
+            "base weights were trained beside the adapter (train_base), which alone would not be what was trained: "
+            "export with layout='merged'"
         )
     name = network.active_adapter
     configuration = copy(network.peft_config[name])

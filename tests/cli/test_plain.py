@@ -100,7 +100,7 @@ def test_configurations_are_listed_and_copied(workplace: Path, capsys: pytest.Ca
         (["generate", "a/b", "hi", "--decoding.top_k", "many"], "decoding.top_k: expected a whole number, not 'many'"),
         (["generate", "./nothing", "hi"], "no such model file or folder: './nothing'"),
         (["export", "a/b"], "'a/b' is no run folder: say with --to where to write"),
-        (["export", "a/b", "--format", "ggufx"], "format: expected merged, factored, adapter or gguf, not 'ggufx'"),
+        (["export", "a/b", "--format", "ggufx"], "expected merged, factored, adapter, torchao or gguf, not 'ggufx'"),
         (["configs", "finetune/lorra.yaml"], "did you mean 'finetune/lora.yaml'?"),
     ],
 )

@@ -44,7 +44,7 @@ print(*sys.modules, file=sys.stderr)
     return set(result.stderr.split())
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "export", "compress-report", "configs"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "export", "quantize", "compress-report", "configs"])
 def test_help_of_the_plain_verbs_loads_nothing_heavy(verb: str) -> None:
     assert not HEAVY & loaded_by(verb, "--help")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_quantized import switch_on
 from tiny_architectures import tiny_architecture
 from tiny_networks import token_rows
 from tiny_objective import objective, scratch
@@ -40,18 +41,6 @@ INT8: dict[SchemeName, Any] = {
 }
 
 
-def switched_on(
-    network: nn.Module, name: SchemeName, group_size: int | None = 16, target: Target = "torchao"
-) -> list[GridFakeQuantizer]:
-    quantizers = []
-    for layer in fake_quantize(network, make_scheme(name, group_size, target), []).values():
-        quantizer = layer.effect.fake_quantizer
-        assert isinstance(quantizer, GridFakeQuantizer)
-        quantizer.enabled = True
-        quantizers.append(quantizer)
-    return quantizers
-
-
 def llama(dtype: torch.dtype = torch.float32, vocab_size: int = 320) -> PreTrainedModel:
     torch.manual_seed(0)
     network = tiny_architecture("llama", vocab_size=vocab_size)
@@ -76,7 +65,7 @@ def test_a_network_computes_as_torchaos_does_before_and_after_its_conversion(
 ) -> None:
     network, theirs = llama(dtype), llama(dtype)
     before = logits(network)
-    switched_on(network, name)
+    switch_on(network, make_scheme(name, 16))
     found = logits(network)
     assert not torch.allclose(found, before, atol=1e-2)
     quantize_(theirs, QATConfig(INTX[name], step="prepare"), in_blocks)
@@ -90,7 +79,7 @@ def test_a_network_computes_as_torchaos_does_before_and_after_its_conversion(
 def test_int8_schemes_compute_as_torchaos_tensors(name: SchemeName, dtype: torch.dtype) -> None:
     """Layer by layer: torchao multiplies integers, and scales the sums."""
     network, theirs = llama(dtype), llama(dtype)
-    switched_on(network, name, None)
+    switch_on(network, make_scheme(name))
     quantize_(theirs, INT8[name], in_blocks)
     for layer_name, layer in effective_layers(network).items():
         other = theirs.get_submodule(layer_name)
@@ -172,7 +161,7 @@ def test_gradients_with_checkpointing_are_those_without(adapter: LoRA | None) ->
     gradients = []
     for checkpointing in (False, True):
         network = objective(scratch(), copy.deepcopy(adapter), gradient_checkpointing=checkpointing).built_network
-        switched_on(network, "int8_dynamic_int4")
+        switch_on(network, make_scheme("int8_dynamic_int4", 16))
         network.train()
         network(token_rows(40)).logits.float().square().mean().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
@@ -185,7 +174,7 @@ def test_gradients_with_checkpointing_are_those_without(adapter: LoRA | None) ->
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2)])
 def test_compiled_layers_compute_the_same(adapter: LoRA | None) -> None:
     network = objective(scratch(), copy.deepcopy(adapter)).built_network
-    switched_on(network, "int8_dynamic_int4")
+    switch_on(network, make_scheme("int8_dynamic_int4", 16))
     layer = effective_layers(network)["model.layers.0.mlp.up_proj"]
     assert isinstance(layer, nn.Module)
     inputs = torch.randn(2, 5, 32)
@@ -257,7 +246,7 @@ def test_stored_weights_are_the_effective_ones(target: Target) -> None:
 
 def test_masked_weights_stay_zero() -> None:
     network = objective(scratch()).built_network
-    switched_on(network, "int4_weight_only")
+    switch_on(network, make_scheme("int4_weight_only", 16))
     for layer in effective_layers(network).values():
         layer.effect.masking = FixedMask(layer.base.weight.shape, layer.base.weight.device)
         keep = torch.rand_like(layer.base.weight) < 0.5

@@ -93,3 +93,17 @@ def test_refused() -> None:
         gptq(weight, inputs.T @ inputs, SymmetricGrid(4, 8), block_size=0)
     with pytest.raises(ValueError, match="groups of 32"):
         gptq(weight, inputs.T @ inputs, SymmetricGrid(4, 32))
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_zeros_stay_and_others_make_up_for_them(activation_order: bool) -> None:
+    weight, inputs = layer_and_inputs(out=32, width=96, positions=500)
+    pruned = weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5)
+    grid, moment = SymmetricGrid(4, 8), inputs.T @ inputs
+    kept = gptq(pruned, moment, grid, activation_order=activation_order, keep_zeros=True)
+    assert (kept.weight[pruned == 0] == 0).all()
+    again = grid.round_weight(kept.weight, kept.scales)
+    torch.testing.assert_close(again, kept.weight.to(again.dtype), rtol=1e-6, atol=0)
+    nearest = output_error(grid.round_weight(pruned) - pruned, inputs)
+    assert output_error(kept.weight - pruned, inputs) < 0.9 * nearest
+    assert (gptq(pruned, moment, grid, activation_order=activation_order).weight[pruned == 0] != 0).any()

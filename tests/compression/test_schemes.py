@@ -15,12 +15,12 @@ def test_every_name_has_a_scheme_on_both_targets() -> None:
         for target in ("torchao", "gguf"):
             scheme = make_scheme(name, target=target)
             assert (scheme.inputs is not None) == ("dynamic" in name)
-            assert scheme.bits == bits_of(name) == (4 if "int4" in name else 8)
+            assert scheme.grid.bits == bits_of(name) == (4 if "int4" in name else 8)
             on_grid = scheme.grid.round_weight(torch.randn(4, 64))
             integers = scheme.grid.integers(
                 scheme.grid.groups(on_grid), scheme.grid.scales(scheme.grid.groups(on_grid))
             )
-            assert integers.abs().max() <= 2 ** (scheme.bits - 1)
+            assert integers.abs().max() <= 2 ** (scheme.grid.bits - 1)
 
 
 def test_grids_of_the_names() -> None:

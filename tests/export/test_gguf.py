@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightllm.export import GGUF_TYPES, gguf, write_gguf
+from lightllm.export import GGUF_TYPES, GGUFType, gguf, write_gguf
 from lightllm.export.compare import outputs
 from lightllm.generate import Decoding, generate
 from lightllm.models.chat_template import with_chat_template
@@ -82,7 +82,7 @@ def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", GGUF_TYPES)
-def test_each_type_has_its_size(dtype: gguf.GGUFType, tmp_path: Path) -> None:
+def test_each_type_has_its_size(dtype: GGUFType, tmp_path: Path) -> None:
     network = mistral()
     report = write_gguf(network, tiny_tokenizer(), tmp_path / "net.gguf", dtype, embedding_dtype="F16")
     bits = {"F32": 32, "F16": 16, "BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5}[dtype]
@@ -155,7 +155,7 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_read_back_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "_interleaved", lambda array, _: array)
+    monkeypatch.setattr(gguf, "interleaved", lambda array, _: array)
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight is not the network's"):
         write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "net.gguf")
     monkeypatch.undo()
