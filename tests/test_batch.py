@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, Document, pack_documents, pad_documents, padding_share
+from lightllm.batch import (
+    IGNORE_INDEX,
+    PADDING_DOCUMENT,
+    Document,
+    batch_to,
+    pack_documents,
+    pad_documents,
+    padding_share,
+)
 
 
 def random_documents(count: int) -> list[Document]:
@@ -65,3 +73,11 @@ def test_padding_share_is_counted_in_positions() -> None:
 def test_what_makes_no_batch_is_refused(rows: list[list[Document]], length: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_documents(rows, length)
+
+
+def test_a_batch_on_another_device_is_the_same_fields() -> None:
+    batch = pack_documents([random_documents(3)])
+    moved = batch_to(batch, torch.device("meta"))
+    assert {name: (tensor.device.type, tensor.shape) for name, tensor in moved.items()} == {
+        name: ("meta", tensor.shape) for name, tensor in batch.items()
+    }

@@ -7,14 +7,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from taught import ask, chats, distillation, save_teacher
+from tiny_networks import tiny_llama, tiny_tokenizer
 from tiny_run import tiny_batches, tiny_loader, tiny_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightllm.callbacks import RandomState
 from lightllm.datamodules import Batches, Reading, TextData
 from lightllm.losses import Divergence
-from lightllm.models import EveryNthLayer, FromConfig
+from lightllm.models import EveryNthLayer, FromConfig, Pretrained
 from lightllm.modules import Distillation, HiddenStateLoss, RelationLoss, TeacherCache
 from lightllm.modules.cached_teacher import NotTaught, documents_to_ask
+from lightllm.teach import teach
 
 ALL = 320
 """The tokens of the tokenizer, and so of the networks."""
@@ -69,6 +72,29 @@ def test_all_tokens_train_as_the_teacher_itself(
     for name in ("val/divergence", "val/loss"):
         assert float(trainer.callback_metrics[name]) == pytest.approx(float(live.callback_metrics[name]), rel=2e-2)
     assert module.teacher is None
+
+
+@pytest.mark.parametrize("sizes", [(ALL, ALL + 8), (ALL + 8, ALL)])
+def test_a_vocabulary_padded_to_two_sizes(cache: TeacherCache, tmp_path: Path, sizes: tuple[int, int]) -> None:
+    folders = []
+    for size, name in zip(sizes, ("student", "teacher"), strict=True):
+        torch.manual_seed(size)
+        fields = {**tiny_llama(size).config.to_dict(), "max_position_embeddings": 256}
+        LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        folders.append(str(tmp_path / name))
+
+    def module(cached: TeacherCache | None) -> Distillation:
+        made = distillation(folders[0], cached)
+        made.teacher_network = Pretrained(folders[1], dtype="float32")
+        return made
+
+    teach(module(cache), chats(tmp_path))
+    values = []
+    for one in (module(cache), module(None)):
+        (found,) = tiny_trainer(tmp_path, []).validate(one, datamodule=chats(tmp_path), verbose=False)
+        values.append(found["val/divergence"])
+    assert values[0] == pytest.approx(values[1], rel=5e-3)
 
 
 def test_the_teacher_need_not_be_there(

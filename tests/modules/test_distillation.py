@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from taught import chats, save_teacher
 from tiny_networks import TEXT, tiny_llama, tiny_tokenizer
 from tiny_run import tiny_batches, tiny_loader, tiny_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightllm.batch import IGNORE_INDEX, TextBatch
+from lightllm.callbacks import StructuredPruning
 from lightllm.losses import Divergence
 from lightllm.models import BuildRequest, EveryNthLayer, FromConfig, LoRA, Pretrained
 from lightllm.modules import Distillation, HiddenStateLoss, RelationLoss, Schedule
@@ -143,6 +145,32 @@ def test_teacher_drops_nothing_out(teacher: str, tmp_path: Path) -> None:
     module.train()
     assert module.criterion(module(batch), batch).sum == module.criterion(module(batch), batch).sum
     assert module.built_network.training
+
+
+def test_a_student_that_structured_pruning_makes(tmp_path: Path) -> None:
+    """Its hidden states are narrower than the teacher's from then on, and its layers are fewer."""
+    teacher = save_teacher(tmp_path / "teacher")
+    module = Distillation(
+        Pretrained(teacher, dtype="float32"),
+        teacher=Pretrained(teacher, dtype="float32"),
+        hidden_states=HiddenStateLoss("cosine"),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0),
+        schedule=Schedule(shape="constant", warmup=0),
+    )
+    pruning = StructuredPruning(layers=2, channels=8, num_documents=4)
+    trainer = tiny_trainer(tmp_path, [pruning], max_epochs=4)
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    trainer.callbacks.append(Watch())  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=chats(tmp_path))
+    sizes = [(len(network.model.layers), network.config.hidden_size) for network in (module.network, module.teacher)]  # type: ignore[union-attr]
+    assert sizes == [(2, 24), (4, 32)]
+    assert {tuple(parameter.shape) for parameter in module.inner.parameters()} == {(32, 24)}
+    assert losses[-1] < 0.8 * losses[0]
 
 
 class TestCheckpoints:
