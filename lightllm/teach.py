@@ -61,9 +61,9 @@ def teach(module: Distillation, data: DocumentData, device: torch.device | None 
         check_packing(student)
     asking = Asking(teacher, student, lesson, module.divergence, packed)
     taught = {}
-    for split, chosen in documents.items():
-        place = lesson.folder(chosen, module.cached.folder)
+    for split, place in lesson.folders(documents, module.cached.folder).items():
         new = not place.is_dir()
-        cached_folder(place.parent.parent, place.parent.name, place.name, partial(asking.write, chosen))
+        fill = partial(asking.write, documents[split])
+        cached_folder(place.parent.parent, place.parent.name, place.name, fill)
         taught[split] = Taught(TeacherStore(place), new)
     return taught

@@ -75,8 +75,7 @@ class CachedTeacher:
             ValueError: The data has no documents that could be asked about beforehand.
         """
         stores = {}
-        for split, documents in documents_to_ask(data).items():
-            folder = lesson.folder(documents, cache.folder)
+        for split, folder in lesson.folders(documents_to_ask(data), cache.folder).items():
             if not folder.is_dir():
                 raise NotTaught(
                     f"the teacher was not asked yet about the {split} data with this student's vocabulary, k "

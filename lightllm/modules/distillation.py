@@ -50,7 +50,7 @@ class DistillationMetrics(TokenMetrics):
 
     def add_divergence(self, divergence_sum: Tensor) -> None:
         """Add a batch's sum over target tokens, a scalar, beside the `update` with its other sums."""
-        self.divergence_sum += divergence_sum
+        self.divergence_sum = self.divergence_sum + divergence_sum  # not in place, as in `TokenMetrics`
 
     @override
     def compute(self) -> dict[str, Tensor]:

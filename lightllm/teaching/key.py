@@ -56,24 +56,24 @@ class Lesson(NamedTuple):
     vocabulary: int
     """Tokens that the student knows: of a larger vocabulary of the teacher's, the first so many are compared."""
 
-    def folder(self, documents: Documents, root: str | None) -> Path:
-        """Where the answers at the targets of a split's documents are kept.
+    def folders(self, documents: Mapping[str, Documents], root: str | None) -> dict[str, Path]:
+        """Where the answers at the targets of each split's documents are kept; the teacher's weights are read for it.
 
         Args:
-            documents: The documents, with how much of each is used.
+            documents: The documents of each split, with how much of each is used.
             root: Folder of all such stores; `$LIGHTLLM_CACHE/teachers` when None.
         """
         place = cache_folder() / "teachers" if root is None else Path(root).expanduser()
-        return place / self._digest(documents)
-
-    def _digest(self, documents: Documents) -> str:
         fields = dict(vars(self.teacher))
         name = fields.pop("name", None)  # what it leads to counts, and not the way there
         weights = checkpoint_digest(name) if isinstance(name, str) else None
-        teacher = [type(self.teacher).__qualname__, fields, weights]
-        settings: Mapping[str, Any] = self._asdict() | {"teacher": teacher}
-        text = json.dumps([_FORMAT, settings, documents.store.digest], sort_keys=True, default=repr)
-        digest = hashlib.sha256(text.encode())
-        for array in (documents.examples, documents.lengths):
-            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-        return digest.hexdigest()[:32]
+        settings = self._asdict() | {"teacher": [type(self.teacher).__qualname__, fields, weights]}
+        return {split: place / _digest(settings, chosen) for split, chosen in documents.items()}
+
+
+def _digest(settings: Mapping[str, Any], documents: Documents) -> str:
+    text = json.dumps([_FORMAT, settings, documents.store.digest], sort_keys=True, default=repr)
+    digest = hashlib.sha256(text.encode())
+    for array in (documents.examples, documents.lengths):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:32]

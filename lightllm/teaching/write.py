@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightllm.batch import IGNORE_INDEX, Document, TextBatch, batch_to, pack_documents
 from lightllm.losses import (
@@ -58,9 +60,17 @@ class Asking:
         groups = document_groups(documents)
         chosen = np.unique(np.arange(MEASURED_GROUPS) * len(groups) // MEASURED_GROUPS)
         divergences = self._divergences([self._batch(documents, groups[index]) for index in chosen])
-        batches = (self._batch(documents, group) for group in groups)
-        parts = ((target_places(batch), self.answers(batch)) for batch in batches)
-        write_teacher_store(folder, parts, self.lesson.k, self.vocabulary, divergences)
+        write_teacher_store(folder, self._parts(documents, groups), self.lesson.k, self.vocabulary, divergences)
+
+    def _parts(self, documents: Documents, groups: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, TopTokens]]:
+        """Places and answers, group by group; says every tenth how far it is."""
+        said = 0
+        for number, group in enumerate(groups):
+            if 10 * number // len(groups) > said:
+                said = 10 * number // len(groups)
+                rank_zero_info(f"the teacher was asked about {10 * said}% of the documents")
+            batch = self._batch(documents, group)
+            yield target_places(batch), self.answers(batch)
 
     def answers(self, batch: TextBatch) -> TopTokens:
         """The teacher's likeliest tokens at a batch's targets."""

@@ -134,6 +134,12 @@ def test_validation_measures_the_divergence_beside_the_tokens(teacher: str, tmp_
     assert {"val/perplexity", "val/token_accuracy", "val/bits_per_byte"} <= set(values)
 
 
+def test_a_run_goes_on_after_a_validation(teacher: str, tmp_path: Path) -> None:
+    module = third(teacher)
+    tiny_trainer(tmp_path, []).validate(module, tiny_loader(tiny_batches(1)), verbose=False)
+    fit(module, tmp_path)
+
+
 def test_teacher_drops_nothing_out(teacher: str, tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.5)
     folder = save(GPT2LMHeadModel(config), tmp_path / "gpt2")

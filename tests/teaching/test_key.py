@@ -38,15 +38,19 @@ def network(tmp_path: Path) -> str:
     return str(tmp_path / "network")
 
 
+def folder(lesson: Lesson, documents: Chosen, root: str | None) -> Path:
+    return lesson.folders({"train": documents}, root)["train"]
+
+
 def lesson(network: str, **fields: Any) -> Lesson:
     return Lesson(Pretrained(network), None, 8, 1.0, 320)._replace(**fields)
 
 
 def test_what_answers_depend_on(network: str, tmp_path: Path) -> None:
     root = str(tmp_path / "root")
-    base = lesson(network).folder(DOCUMENTS, root)
+    base = folder(lesson(network), DOCUMENTS, root)
     assert base.parent == tmp_path / "root"
-    assert lesson(network).folder(replace(DOCUMENTS), root) == base
+    assert folder(lesson(network), replace(DOCUMENTS), root) == base
     others = [
         lesson(network, teacher=Pretrained(network, dtype="bfloat16")),
         lesson(network, teacher=EveryNthLayer(network, 2)),
@@ -55,9 +59,9 @@ def test_what_answers_depend_on(network: str, tmp_path: Path) -> None:
         lesson(network, temperature=2.0),
         lesson(network, vocabulary=312),
     ]
-    folders = [other.folder(DOCUMENTS, root) for other in others]
+    folders = [folder(other, DOCUMENTS, root) for other in others]
     folders += [
-        lesson(network).folder(replace(DOCUMENTS, **change), root)
+        folder(lesson(network), replace(DOCUMENTS, **change), root)
         for change in (
             {"store": Store("other content")},
             {"examples": np.arange(3)[:, None], "lengths": DOCUMENTS.lengths[:3]},
@@ -68,16 +72,16 @@ def test_what_answers_depend_on(network: str, tmp_path: Path) -> None:
 
 
 def test_the_teachers_weights_count_and_not_where_they_are(network: str, tmp_path: Path) -> None:
-    first = lesson(network).folder(DOCUMENTS, None)
+    first = folder(lesson(network), DOCUMENTS, None)
     moved = tmp_path / "moved"
     Path(network).rename(moved)
-    assert lesson(str(moved)).folder(DOCUMENTS, None) == first
+    assert folder(lesson(str(moved)), DOCUMENTS, None) == first
     weights = tiny_llama()
     weights.model.norm.weight.data += 1e-3
     weights.save_pretrained(moved)
-    assert lesson(str(moved)).folder(DOCUMENTS, None) != first
+    assert folder(lesson(str(moved)), DOCUMENTS, None) != first
 
 
 def test_folders_are_in_the_cache(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTLLM_CACHE", str(tmp_path / "cache"))
-    assert lesson(network).folder(DOCUMENTS, None).parent == tmp_path / "cache" / "teachers"
+    assert folder(lesson(network), DOCUMENTS, None).parent == tmp_path / "cache" / "teachers"

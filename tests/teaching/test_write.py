@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def test_equals_the_teacher_asked_document_by_document(
         with pytest.raises(KeyError):
             store.find(torch.tensor([(document << 32) + length]))
     assert store.num_targets == num_targets
+
+
+def test_it_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(write, "POSITIONS", 5)
+    caplog.set_level(logging.INFO)
+    asking(5, packed=True).write(documents(), tmp_path)
+    said = [record.message for record in caplog.records if "was asked about" in record.message]
+    assert said == [f"the teacher was asked about {share}% of the documents" for share in (20, 50, 70)]
 
 
 def test_the_students_divergence_is_measured(tmp_path: Path) -> None:
