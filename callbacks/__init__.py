@@ -22,6 +22,7 @@ from lightllm.callbacks.rewind_metrics import RewindMetrics
 from lightllm.callbacks.samples import SampleGenerations
 from lightllm.callbacks.shared_run_folder import SharedRunFolder
 from lightllm.callbacks.sparse_gpt_pruning import SparseGPTPruning
+from lightllm.callbacks.sparsity_regularization import SparsityRegularization
 from lightllm.callbacks.structured_pruning import StructuredPruning
 from lightllm.callbacks.throughput import Throughput
 from lightllm.callbacks.transforming import Transforming
@@ -52,6 +53,7 @@ __all__ = [
     "SampleGenerations",
     "SharedRunFolder",
     "SparseGPTPruning",
+    "SparsityRegularization",
     "StructuredPruning",
     "Throughput",
     "Transforming",

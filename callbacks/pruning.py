@@ -76,6 +76,11 @@ class Pruning(Transforming, ABC):
         self._layers: dict[str, EffectiveLayer] = {}
         self._pruned_at: int | None = None
 
+    @property
+    def pruned_layers(self) -> list[str]:
+        """Names of the layers that it prunes, in the plain network; known once training starts."""
+        return list(self._layers)
+
     @abstractmethod
     def prune(self, pl_module: LanguageModule, layers: dict[str, EffectiveLayer], amount: Amount) -> None:
         """Set the masks of layers so that they are pruned by an amount; what is pruned already must stay so.

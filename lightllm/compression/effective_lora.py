@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightllm.compression.effective_weight import EffectiveLayer
+from lightllm.compression.effective_weight import EffectiveLayer, accumulate_gradient
 from lightllm.compression.rounded_lora import ThinFactors, rounded_lora_linear
 from lightllm.models.lora_linear import LoraLinear
 
@@ -57,6 +57,16 @@ class EffectiveLoraLinear(LoraLinear, EffectiveLayer):
             return weight
         with torch.autocast(weight.device.type, enabled=False):
             return weight.addmm_(factors.up.float(), factors.down.float(), alpha=factors.scale)
+
+    @override
+    @torch.no_grad()
+    def add_merged_gradient(self, gradient: Tensor) -> None:
+        accumulate_gradient(self.base.weight, gradient)
+        factors = self._thin_factors()
+        if factors is not None:
+            up, down = factors.up.to(gradient.dtype), factors.down.to(gradient.dtype)
+            accumulate_gradient(factors.down, factors.scale * (up.T @ gradient))
+            accumulate_gradient(factors.up, factors.scale * (gradient @ down.T))
 
     def _merged(self, dtype: torch.dtype) -> Tensor:
         """The same with its gradients, in `dtype`; autocast would round it before the grid does."""

@@ -135,6 +135,16 @@ class EffectiveLayer(StandsForPlain):
         """`Q(M * (W + s B A))`, `[out, in]` in float32, detached."""
         return self.effect.quantized(self.masked_weight()).float()
 
+    @abstractmethod
+    def add_merged_gradient(self, gradient: Tensor) -> None:
+        """Add to the gradients of whatever of `W + s B A` trains what a gradient `G` of the merged weight means for it.
+
+        By the chain rule: `G` for `W`, `s B' G` for `A` and `s G A'` for `B`.
+
+        Args:
+            gradient: `G`, `[out, in]`.
+        """
+
     @torch.no_grad()
     def write_merged(self, weight: Tensor) -> None:
         """Change `W` so that `W + s B A` is `weight`, `[out, in]`, and whatever adapter there is stays as it is."""
@@ -198,6 +208,10 @@ class EffectiveLinear(nn.Linear, EffectiveLayer):
         return self.weight.detach().to(torch.float32, copy=True)
 
     @override
+    def add_merged_gradient(self, gradient: Tensor) -> None:
+        accumulate_gradient(self.weight, gradient)
+
+    @override
     @torch.no_grad()
     def hold_weight(self) -> None:
         if isinstance(self.effect.masking, FixedMask):
@@ -208,3 +222,11 @@ class EffectiveLinear(nn.Linear, EffectiveLayer):
     def hold_gradient(self) -> None:
         if isinstance(self.effect.masking, FixedMask) and self.weight.grad is not None:
             self.weight.grad.mul_(self.effect.masking.keep)
+
+
+@torch.no_grad()
+def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Add to a parameter's gradient as a backward pass would; one that is frozen gets none."""
+    if parameter.requires_grad:
+        gradient = gradient.to(parameter.dtype)
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
