@@ -119,12 +119,13 @@ class Q4_0Grid(Grid):
     @override
     def scales(self, groups: Tensor) -> Tensor:
         groups = groups.float()
+        if torch.compiler.is_compiling():  # no branch that depends on numbers, and fast enough
+            return _first_largest(groups) / -8
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         largest = torch.where(high > -low, high, low)
         tied = (high == -low) & (high != 0)
-        if tied.any():  # the first of them counts
-            rows = groups[tied.squeeze(-1)]
-            largest[tied] = rows.gather(-1, rows.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        if tied.any():
+            largest[tied] = _first_largest(groups[tied.squeeze(-1)]).squeeze(-1)
         return largest / -8
 
     @override
@@ -159,6 +160,11 @@ class Q8_0Grid(Grid):
     @override
     def stored_scales(self, scales: Tensor) -> Tensor:
         return scales.half().float()
+
+
+def _first_largest(groups: Tensor) -> Tensor:
+    """The value of the largest magnitude with its sign, `[..., 1]`; the first of equal ones."""
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

@@ -171,10 +171,11 @@ def test_gradients_with_checkpointing_are_those_without(adapter: LoRA | None) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")  # torch's compiler does
+@pytest.mark.parametrize("target", ["torchao", "gguf"])
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2)])
-def test_compiled_layers_compute_the_same(adapter: LoRA | None) -> None:
-    network = objective(scratch(), copy.deepcopy(adapter)).built_network
-    switch_on(network, make_scheme("int8_dynamic_int4", 16))
+def test_compiled_layers_compute_the_same(adapter: LoRA | None, target: Target) -> None:
+    network = objective(scratch(intermediate_size=64), copy.deepcopy(adapter)).built_network
+    switch_on(network, make_scheme("int8_dynamic_int4", None, target))
     layer = effective_layers(network)["model.layers.0.mlp.up_proj"]
     assert isinstance(layer, nn.Module)
     inputs = torch.randn(2, 5, 32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from fake_quantized import rounded_llama, switch_on, wide_llama
 from tiny_networks import tiny_tokenizer, token_rows
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightllm.compression.effects import effective_layers
@@ -17,6 +19,8 @@ from lightllm.compression.schemes import SchemeName, make_scheme
 from lightllm.export import GGUFType, write_gguf
 from lightllm.export.compare import outputs
 from lightllm.export.gguf_tensors import Stored, blocks, fitting, interleaved, is_exact, type_of
+from lightllm.generate import Decoding, generate
+from lightllm.models.load import load_tokenizer, resolve_checkpoint
 
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("needs the package gguf", allow_module_level=True)
@@ -119,3 +123,24 @@ def test_dynamic_inputs_are_no_part_of_a_file(tmp_path: Path) -> None:
     )
     assert report.relative_logit_difference is not None
     assert 1e-5 < report.relative_logit_difference < 0.1
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+@pytest.mark.parametrize(("name", "kind"), [("int8_dynamic_int4", "Q4_0"), ("int8_dynamic_int8", "Q8_0")])
+def test_llama_cpp_answers_as_the_fake_quantized_network_does(name: SchemeName, kind: str, tmp_path: Path) -> None:
+    """Which rounds activations as llama.cpp does, in blocks of Q8_0."""
+    from llama_cpp import Llama
+
+    model = "smollm2-135m-instruct"
+    tokenizer = load_tokenizer(model)
+    network: nn.Module = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(model), dtype=torch.float32)
+    switch_on(network, make_scheme(name, target="gguf"))
+    report = write_gguf(network, tokenizer, tmp_path / "net.gguf")
+    assert report.dtype == kind
+    llama = Llama(str(tmp_path / "net.gguf"), n_ctx=256, verbose=False)
+    for question in ("What is the capital of France?", "Name three colours.", "What does print do in Python?"):
+        chat = [{"role": "user", "content": question}]
+        expected = generate(network, tokenizer, [copy.deepcopy(chat)], Decoding(max_new_tokens=16))[0]
+        answer = llama.create_chat_completion(messages=chat, temperature=0.0, max_tokens=16)
+        assert answer["choices"][0]["message"]["content"] == expected
