@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
@@ -17,7 +16,8 @@ from lightllm.callbacks.transforming import Transforming
 from lightllm.compression.effective_weight import EffectiveLayer
 from lightllm.compression.effects import effective_layers
 from lightllm.compression.layers import prunable_layers
-from lightllm.compression.masks import Amount, Pattern
+from lightllm.compression.masking import mask_of
+from lightllm.compression.masks import Amount, Pattern, sparsity_of
 from lightllm.compression.sparsity_schedule import Moment, Shape, SparsitySchedule, step_of
 
 if TYPE_CHECKING:
@@ -171,19 +171,11 @@ class Pruning(Transforming, ABC):
 
     def _report(self, trainer: Trainer) -> None:
         """Log the sparsity of each layer and of all together, as that of the step that was just done."""
-        pruned = {name: num_masked(layer) for name, layer in self._layers.items()}
+        masks = {name: mask_of(layer) for name, layer in self._layers.items()}
+        shares = {name: 0.0 if keep is None else sparsity_of(keep) for name, keep in masks.items()}
         sizes = {name: layer.base.weight.numel() for name, layer in self._layers.items()}
-        share = sum(pruned.values()) / sum(sizes.values())
-        metrics = {"sparsity": share, **{f"sparsity/{name}": pruned[name] / sizes[name] for name in pruned}}
+        share = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        metrics = {"sparsity": share, **{f"sparsity/{name}": value for name, value in shares.items()}}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, logged_step(trainer))
-        rank_zero_info(f"step {trainer.global_step}: {share:.1%} of the weights of {len(pruned)} layers are pruned")
-
-
-def num_masked(layer: EffectiveLayer) -> int:
-    """How many of a layer's weights its mask, fixed or learned, leaves out."""
-    weight = layer.base.weight
-    if layer.effect.masking is None:
-        return 0
-    with torch.no_grad():
-        return weight.numel() - int(torch.count_nonzero(layer.effect.masking(torch.ones_like(weight))))
+        rank_zero_info(f"step {trainer.global_step}: {share:.1%} of the weights of {len(shares)} layers are pruned")

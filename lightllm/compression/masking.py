@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightllm.compression.effects import mask_layers
+from lightllm.compression.effective_weight import EffectiveLayer
+from lightllm.compression.effects import effective_layers, mask_layers
 from lightllm.models.transformation import Record, Transformation, TransformationKind
 
 
@@ -35,3 +37,16 @@ class MaskingAndAdapting(Masking):
     """The same where the weights that stay change too when others are pruned, frozen ones included."""
 
     changes_frozen_weights = True
+
+
+@torch.no_grad()
+def mask_of(layer: EffectiveLayer) -> Tensor | None:
+    """What a layer's mask keeps, bool `[out, in]`, whether it is fixed or learned; None where there is none."""
+    masking = layer.effect.masking
+    return None if masking is None else masking(torch.ones_like(layer.base.weight)) != 0
+
+
+def masks_of(network: nn.Module) -> dict[str, Tensor]:
+    """What the masks of a network keep, by layer; see `mask_of`."""
+    masks = {name: mask_of(layer) for name, layer in effective_layers(network).items()}
+    return {name: keep for name, keep in masks.items() if keep is not None}

@@ -7,7 +7,7 @@ layers, then row by row), so that a mask depends on its scores alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -120,6 +120,21 @@ def follows(tensor: Tensor, pattern: Pattern) -> bool:
     if tensor.ndim != 2 or tensor.shape[1] % pattern.group:
         return False
     return bool((tensor.unflatten(1, (-1, pattern.group)).count_nonzero(dim=2) <= pattern.kept).all())
+
+
+def common_pattern(masks: Iterable[Tensor]) -> Pattern | None:
+    """Find the pattern N:M of which every group of every mask `[out, in]` keeps exactly N; the shortest such groups.
+
+    None if there is no mask, or none such for groups of up to 32.
+    """
+    masks = list(masks)
+    for group in range(2, 33):
+        if not masks or any(mask.shape[1] % group for mask in masks):
+            continue
+        kept = {number for mask in masks for number in mask.unflatten(1, (-1, group)).sum(2).unique().tolist()}
+        if len(kept) == 1 and 0 < (number := kept.pop()) < group:
+            return Pattern(number, group)
+    return None
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

@@ -26,6 +26,7 @@ from lightllm.export.gguf_tensors import BLOCK, Array, GGUFType, Stored, blocks,
 from lightllm.export.gguf_vocabulary import vocabulary
 from lightllm.export.merge import merged_weights
 from lightllm.export.report import ExportReport
+from lightllm.export.sparsity import sparsity_report
 from lightllm.models.anatomy import transformers_network, vocabulary_size
 from lightllm.models.inference import network_device
 from lightllm.models.progress import no_progress_bars
@@ -91,7 +92,8 @@ def write_gguf(
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return ExportReport(path, "gguf", dtype, path.stat().st_size, found.absolute, found.relative)
+    size, sparsity = path.stat().st_size, sparsity_report(network)
+    return ExportReport(path, "gguf", dtype, size, found.absolute, found.relative, sparsity)
 
 
 def _checked(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lightllm.compression.factored_linear import FactoredLinear, factored, replace_layers
 from lightllm.compression.quantize import is_stored, stored_weight
+from lightllm.export.sparsity import state_sparsity
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.inference import network_device
 from lightllm.models.low_bit import dequantized_weight, is_low_bit
@@ -70,6 +71,7 @@ def merged_network(
     if base.can_generate():
         merged.generation_config = deepcopy(base.generation_config)
         merged.generation_config._from_model_config = False  # else transformers may derive it anew
+    state_sparsity(merged, network)
     return merged.eval()
 
 

@@ -27,6 +27,7 @@ from lightllm.export.factored import check_factored, load_with_its_code, with_co
 from lightllm.export.folder import written_whole
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
+from lightllm.export.sparsity import sparsity_report
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.inference import network_device
 from lightllm.models.progress import no_progress_bars
@@ -77,7 +78,7 @@ def export(
             written = _write_adapter(network, unfinished, base_model)
         tokenizer.save_pretrained(unfinished)
         num_bytes = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
-        report = ExportReport(path, layout, written.dtype, num_bytes, written.absolute, written.relative)
+        report = ExportReport(path, layout, written.dtype, num_bytes, *written[1:], sparsity_report(network))
         report.write(unfinished)
     return report
 
@@ -172,6 +173,11 @@ def _write_adapter(network: nn.Module, folder: Path, base_model: str | None) -> 
         raise ValueError(
             "base weights were trained beside the adapter (train_base), which alone would not be what was trained: "
             "export with layout='merged'"
+        )
+    if sparsity_report(network):
+        raise ValueError(
+            "the adapter was trained behind a mask, which it does not carry, so that it would be loaded onto dense "
+            "weights: export with layout='merged'"
         )
     name = network.active_adapter
     configuration = copy(network.peft_config[name])

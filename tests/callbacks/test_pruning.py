@@ -21,10 +21,9 @@ from typing_extensions import override
 
 from lightllm.batch import TextBatch
 from lightllm.callbacks import BeforeAndAfter, Checkpoint, MagnitudePruning, Pruning
-from lightllm.callbacks.pruning import num_masked
 from lightllm.compression.effective_weight import EffectiveLayer
-from lightllm.compression.effects import effective_layers, mask_layers
-from lightllm.compression.masking import Masking
+from lightllm.compression.effects import effective_layers
+from lightllm.compression.masking import Masking, masks_of
 from lightllm.compression.masks import Amount, follows, layer_mask, sparsity_of
 from lightllm.export.merge import merged_weights
 from lightllm.models import Adapter, FromConfig, Frozen, Full, LoRA, Transformation
@@ -247,9 +246,8 @@ def test_the_last_pruning_is_announced_as_soon_as_it_is_done(
         @override
         def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
             def note(step: str, network: nn.Module) -> None:
-                layers = effective_layers(network).values()
-                masked, size = sum(map(num_masked, layers)), sum(layer.base.weight.numel() for layer in layers)
-                told.append((step, trainer.global_step, masked / size if size else 0.0))
+                masks = [keep.flatten() for keep in masks_of(network).values()]
+                told.append((step, trainer.global_step, sparsity_of(torch.cat(masks)) if masks else 0.0))
 
             pl_module.announcements.listen(note)
 
@@ -268,14 +266,6 @@ def test_sparsity_is_logged_whenever_weights_are_pruned(tmp_path: Path) -> None:
     logger = NotingLogger()
     fit(tmp_path, [LastPruning(0.5)], logger=[logger])
     assert [step for step, _ in logger.rows] == [0]
-
-
-def test_how_many_a_mask_leaves_out() -> None:
-    module = objective()
-    layer = mask_layers(module.built_network, [])["model.layers.0.mlp.up_proj"]
-    assert num_masked(layer) == 0
-    layer.set_keep(torch.arange(layer.base.weight.numel()).view_as(layer.base.weight) >= 5)
-    assert num_masked(layer) == 5
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tiny_networks import token_rows
 from tiny_objective import cut, documents, objective, scratch
 from torch import Tensor, nn
 
-from lightllm.compression.effective_weight import EffectiveLinear, FakeQuantizer, FixedMask
+from lightllm.compression.effective_weight import EffectiveLinear, FakeQuantizer, FixedMask, zero_outside
 from lightllm.compression.effects import effective_layers, install_effects, mask_layers
 from lightllm.compression.layers import prunable_layers
 from lightllm.export.merge import merged_network
@@ -196,3 +196,13 @@ def test_a_fixed_mask_is_asked_for_where_there_is_none() -> None:
     effective = install_effects(nn.Sequential(nn.Linear(2, 2)), ["0"])["0"]
     with pytest.raises(ValueError, match="no fixed mask"):
         effective.set_keep(torch.ones(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_is_outside_of_a_mask_is_zeroed_and_nothing_else_touched(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(7, 9).to(dtype))
+    keep = torch.rand(7, 9) > 0.5
+    expected = torch.where(keep, weight.detach(), torch.zeros((), dtype=dtype))
+    with torch.no_grad():
+        zero_outside(weight, keep)
+    assert torch.equal(weight, expected)

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import torch
 from tiny_objective import objective
+from torch import Tensor, nn
 
 from lightllm.compression.effects import effective_layers
-from lightllm.compression.masking import Masking, MaskingAndAdapting
+from lightllm.compression.masking import Masking, MaskingAndAdapting, mask_of, masks_of
 from lightllm.models import TransformationKind
 
 
@@ -39,3 +40,26 @@ def test_masks_come_with_the_state_dict() -> None:
 def test_who_adapts_weights_says_that_frozen_ones_change() -> None:
     assert not Masking("M", []).changes_frozen_weights
     assert MaskingAndAdapting("M", []).changes_frozen_weights
+
+
+def test_masks_of_a_network_fixed_or_learned() -> None:
+    network = objective().built_network
+    Masking("M", ["down_proj"]).apply(network, None)
+    first, second, *_ = effective_layers(network).values()
+    keep = torch.rand_like(first.base.weight) > 0.5
+    first.set_keep(keep)
+
+    class Learned(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * torch.where(torch.arange(weight.shape[1]) < 3, 0.0, 0.7)
+
+    second.effect.masking = Learned()
+    masks = masks_of(network)
+    assert len(masks) == 12
+    assert torch.equal(next(iter(masks.values())), keep)
+    assert torch.equal(
+        list(masks.values())[1], (torch.arange(second.base.in_features) >= 3).expand_as(second.base.weight)
+    )
+    second.effect.masking = None
+    assert mask_of(second) is None
+    assert len(masks_of(network)) == 11

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllm.compression.masks import Pattern, follows, layer_mask, network_masks, num_pruned, sparsity_of
+from lightllm.compression.masks import (
+    Pattern,
+    common_pattern,
+    follows,
+    layer_mask,
+    network_masks,
+    num_pruned,
+    sparsity_of,
+)
 
 
 def pruned_by_sorting(scores: list[float], count: int) -> set[int]:
@@ -85,6 +93,17 @@ def test_whether_a_matrix_follows_a_pattern() -> None:
     assert not follows(torch.zeros(4), Pattern(2, 4))
     assert sparsity_of(weight) == 0.625
     assert sparsity_of(weight != 0) == 0.625
+
+
+def test_the_pattern_that_masks_have_in_common() -> None:
+    two_of_four = [layer_mask(torch.rand(6, 24), Pattern(2, 4)) for _ in range(3)]
+    assert common_pattern(two_of_four) == Pattern(2, 4)
+    assert common_pattern([layer_mask(torch.rand(6, 24), Pattern(4, 8))]) == Pattern(4, 8)
+    assert common_pattern([*two_of_four, layer_mask(torch.rand(6, 24), Pattern(4, 8))]) == Pattern(4, 8)
+    assert common_pattern([*two_of_four, layer_mask(torch.rand(6, 24), Pattern(1, 4))]) is None
+    assert common_pattern([layer_mask(torch.rand(6, 24), 0.5)]) is None
+    assert common_pattern([torch.ones(6, 24, dtype=torch.bool)]) is None
+    assert common_pattern([]) is None
 
 
 def test_refused() -> None:

@@ -13,6 +13,7 @@ def test_a_report_is_left_without_the_path_of_this_machine(tmp_path: Path) -> No
         "num_bytes": 123,
         "max_logit_difference": None,
         "relative_logit_difference": None,
+        "sparsity": None,
     }
 
 
