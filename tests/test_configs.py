@@ -18,6 +18,7 @@ RECIPES = [name for name in config_names() if name not in OVERLAYS]
 
 FEW_ROWS = ["--data.reading.limit", "30", "--data.reading.val_fraction", "0.1", "--trainer.fast_dev_run", "2"]
 SMALLER = {
+    "compress/all_together.yaml": ["--trainer.callbacks.group_size", "16"],
     "compress/qat_int4.yaml": ["--trainer.callbacks.group_size", "16"],
     "distill/cached.yaml": ["--model.network.step", "2"],
     "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],

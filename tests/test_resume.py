@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from killable_run import Recipe, kill, logged_steps, make_material, wait_until_training
+from command_line import forked_lightllm
+from killable_run import Recipe, equal, kill, logged_steps, make_material, wait_until_training
 from lightning.pytorch import Callback
 
 from lightllm.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
@@ -61,17 +60,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     make_material(folder)
     return folder
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Bitwise equality of what checkpoints are made of."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -185,19 +173,6 @@ def write_config(path: Path, material: Path) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
-def command(*arguments: str) -> BaseProcess:
-    """`lightllm fit …` in a forked process, which saves the imports."""
-    from lightllm.cli import main
-
-    def run() -> None:
-        warnings.simplefilter("ignore")  # as for a user: pytest makes errors of what libraries retire
-        sys.exit(main(["fit", *arguments]))
-
-    process = get_context("fork").Process(target=run)
-    process.start()
-    return process
-
-
 def curves(run: Path) -> list[tuple[str, str, str]]:
     with (run / "metrics.csv").open() as file:
         return [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
@@ -208,18 +183,18 @@ def test_command_line_goes_on_after_a_signal_and_a_kill(
 ) -> None:
     config, whole, run = tmp_path / "config.yaml", tmp_path / "whole", tmp_path / "run"
     write_config(config, material)
-    process = command("--config", str(config), "--run", str(whole))
+    process = forked_lightllm("fit", "--config", str(config), "--run", str(whole))
     process.join()
     assert process.exitcode == 0
 
-    process = command("--config", str(config), "--run", str(run))
+    process = forked_lightllm("fit", "--config", str(config), "--run", str(run))
     wait_until_training(process, run, steps=4)
     os.kill(process.pid or 0, signal.SIGTERM)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
     assert f"lightllm fit --resume {run}" in capfd.readouterr().err
 
-    process = command("--resume", str(run))
+    process = forked_lightllm("fit", "--resume", str(run))
     wait_until_training(process, run, steps=logged_steps(run) + 4)
     kill(process)
     assert process.exitcode == -signal.SIGKILL

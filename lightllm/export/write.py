@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightllm.compression.effects import inputs_as_they_are
 from lightllm.compression.fake_quantization import low_bit_weights, quantization_schemes
 from lightllm.compression.low_rank_network import factored_layers
 from lightllm.compression.quantize import store_layers, stored_weight
@@ -104,7 +105,8 @@ def _write_factored(
     saved = _save(with_code(merged, folder), tokenizer, folder)
     with no_progress_bars():
         exported: nn.Module = load_with_its_code(folder, saved)
-    found = checked_difference(network, exported.to(network_device(network)), saved)
+    with inputs_as_they_are(network):
+        found = checked_difference(network, exported.to(network_device(network)), saved)
     return _Written(str(saved).removeprefix("torch."), *found)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,18 @@ def settle_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def lightllm(*arguments: object) -> None:
     """Run a command that must end well."""
     assert main([str(argument) for argument in arguments]) == 0
+
+
+def forked_lightllm(*arguments: object) -> BaseProcess:
+    """Run a command in a forked process, which saves the imports; its exit code is the command's."""
+
+    def run() -> None:
+        warnings.simplefilter("ignore")  # as for a user: pytest makes errors of what libraries retire
+        sys.exit(main([str(argument) for argument in arguments]))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -170,3 +170,14 @@ def logged_steps(run: Path) -> int:
     """Rows in metrics.csv."""
     path = run / "metrics.csv"
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bitwise equality of what checkpoints are made of."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
