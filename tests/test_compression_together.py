@@ -262,3 +262,15 @@ def test_killed_at_any_moment_all_of_it_together_ends_as_if_it_had_not_been(mate
         assert equal(ours[key], theirs[key]), key
     assert Ledger("killed/ledger.jsonl").rows == Ledger("whole/ledger.jsonl").rows
     assert_exported_as_trained("killed", 0.5, quantized=True)
+
+
+def test_files_of_few_bits_are_rows_of_the_ledger(material: Material, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchao")
+    fit(recipe(material, [part(QAT, start=1), part(WANDA, pattern="2:4"), LEDGER], LORA))
+    lightllm("export", "run", "--format", "torchao", "--checkpoint", "newest")
+    assert "export-torchao" in capsys.readouterr().out
+    *_, trained, stored = Ledger("run/ledger.jsonl").rows
+    assert (trained.step, stored.step) == ("trained", "export-torchao")
+    assert stored.loss == pytest.approx(trained.loss, rel=1e-5), "torchao rounds activations as they were in training"
+    assert (stored.parameters, stored.nonzero_parameters) == (trained.parameters, trained.nonzero_parameters)
+    assert stored.weight_bytes < 0.75 * trained.weight_bytes, "a byte a weight; the embedding stays in float32"
