@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class WandaPruning(Pruning):
     """Prunes the weights with the lowest `|weight| * norm of its input` in each row (arXiv:2306.11695); see `Pruning`.
 
-    The norms are those of training documents, layer by layer at the moment of pruning: three forward passes over them,
+    The norms are those of training documents, layer by layer at the moment of pruning: two forward passes over them,
     which is what `cubic` costs every time. Weights that stay are not changed.
 
     Args:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightllm.batch import PADDING_DOCUMENT, TextBatch
-from lightllm.models.anatomy import blocks, learns_a_prompt, unwrapped
-from lightllm.models.hidden_states import hidden_states
+from lightllm.compression.block_calls import BlockCall, record_calls, run_block
+from lightllm.models.anatomy import blocks, learns_a_prompt
 from lightllm.models.inference import inference, network_device, own_random_numbers
 
 
@@ -40,7 +40,7 @@ def change_layer_by_layer(
 ) -> None:
     """Measure the inputs of every block's layers, change the layers, and go on with what the changed block gives.
 
-    The layers of one block are all measured before the first of them is changed. Cost: three forward passes over the
+    The layers of one block are all measured before the first of them is changed. Cost: two forward passes over the
     blocks. The network computes as in evaluation and without gradients; its mode, its gradients and the random numbers
     are afterwards what they were.
 
@@ -65,7 +65,7 @@ def change_layer_by_layer(
     device = network_device(network)
     batches = [_on_device(batch, device) for batch in batches]
     with inference(network), own_random_numbers(device, seed=0):
-        hidden, calls = _record(network, stack, batches)
+        hidden, calls = record_calls(network, stack, batches)
         last = max((index for index, names in enumerate(of_block) if names), default=-1)
         for index, block in enumerate(stack[: last + 1]):
             names = of_block[index]
@@ -75,7 +75,7 @@ def change_layer_by_layer(
                 for name in names:
                     change(name, layers[name], measured.pop(name))
             if index < last:
-                hidden = [_run(block, states, call) for states, call in zip(hidden, calls[index], strict=True)]
+                hidden = [run_block(block, states, call) for states, call in zip(hidden, calls[index], strict=True)]
             calls[index].clear()
 
 
@@ -86,15 +86,6 @@ def _on_device(batch: TextBatch, device: torch.device) -> TextBatch:
         position_ids=batch["position_ids"].to(device),
         document_ids=batch["document_ids"].to(device),
     )
-
-
-class _Call(NamedTuple):
-    """What a block is called with, beside hidden states; it can differ from block to block (a sliding window)."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-    hidden_name: str | None
-    """The argument that takes the hidden states; None where it is the first positional one."""
 
 
 def _layers_by_block(stack: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -114,81 +105,11 @@ def _layers_by_block(stack: Sequence[nn.Module], layers: Mapping[str, nn.Module]
     return of_block
 
 
-def _record(
-    network: nn.Module, stack: Sequence[nn.Module], batches: Sequence[TextBatch]
-) -> tuple[list[Tensor], list[list[_Call]]]:
-    """Run the network once on every batch.
-
-    Returns:
-        The first block's hidden states `[batch, seq, hidden]` by batch, and the calls by block and batch.
-
-    Raises:
-        ValueError: The blocks are not called once each, in order, each with what the one before gave.
-    """
-    calls: list[list[_Call]] = [[] for _ in stack]
-    first: list[Tensor] = []
-    given: list[Tensor] = []
-
-    def broken(what: str) -> ValueError:
-        name = type(unwrapped(network)).__name__
-        return ValueError(f"{name} {what}, so it can't be calibrated block by block: prune it by magnitude instead")
-
-    def before(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            states, call = _split_call(positional, named)
-            if states is None:
-                raise broken("calls its blocks without hidden states")
-            if len(calls[index]) != len(first) - (index > 0):
-                raise broken("does not call its blocks once each, in order")
-            if index and not any(states is one or torch.equal(states, one) for one in given):
-                raise broken("does something to hidden states between its blocks")
-            if not index:
-                first.append(states.clone())
-            given.clear()
-            calls[index].append(call)
-
-        return hook
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        given[:] = [_states_of(output)]
-
-    with ExitStack() as hooks:
-        for index, block in enumerate(stack):
-            hooks.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
-            hooks.callback(block.register_forward_hook(after).remove)
-        for count, batch in enumerate(batches, 1):
-            hidden_states(network, batch)
-            if any(len(of_block) != count for of_block in calls):
-                raise broken("does not call every one of its blocks")
-    return first, calls
-
-
-def _split_call(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor | None, _Call]:
-    if positional and isinstance(positional[0], Tensor):
-        return positional[0], _Call(positional[1:], dict(named), None)
-    rest = {name: value for name, value in named.items() if name != "hidden_states"}
-    return named.get("hidden_states"), _Call(positional, rest, "hidden_states")
-
-
-def _run(block: nn.Module, states: Tensor, call: _Call) -> Tensor:
-    """What a block makes of hidden states, which stay as they are though some blocks add to them in place."""
-    states = states.clone()
-    if call.hidden_name is None:
-        return _states_of(block(states, *call.positional, **call.named))
-    return _states_of(block(*call.positional, **call.named, **{call.hidden_name: states}))
-
-
-def _states_of(output: Any) -> Tensor:
-    states = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(states, Tensor)
-    return states
-
-
 def _measure(
     block: nn.Module,
     batches: Sequence[TextBatch],
     hidden: Sequence[Tensor],
-    calls: Sequence[_Call],
+    calls: Sequence[BlockCall],
     layers: Mapping[str, tuple[nn.Module, InputStatistics]],
 ) -> None:
     """Run a block on every batch, and count what comes into its layers.
@@ -200,7 +121,7 @@ def _measure(
     for batch, states, call in zip(batches, hidden, calls, strict=True):
         real = batch["document_ids"] != PADDING_DOCUMENT
         with _watched(layers, real, reached):
-            _run(block, states, call)
+            run_block(block, states, call)
     missed = sorted(set(layers) - reached)
     if missed:
         raise ValueError(

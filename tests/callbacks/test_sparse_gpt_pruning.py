@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import yaml
 from command_line import lightllm, save_chats, save_small_network, settle_in
-from data_run import ready, text_data
+from data_run import in_two_processes, ready, text_data
 from pruning_run import ADAPTERS, AtTheFirstBatch, by_full_passes, dense, pruned
 from transformers import AutoModelForCausalLM
 
@@ -120,3 +121,24 @@ def test_lora_run_is_resumed_measured_and_exported_with_its_changed_base(
 def test_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseGPTPruning(**fields)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_two_ranks_prune_as_one_does(tmp_path: Path, adapter: str) -> None:
+    ready(text_data(tmp_path))  # into the cache
+    fields: dict[str, Any] = {"pattern": "2:4", "num_documents": 20}
+
+    def work(rank: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        watch = AtTheFirstBatch()
+        ranks = {} if rank is None else {"strategy": "ddp", "devices": 2}
+        pruned(tmp_path, [SparseGPTPruning(**fields), watch], ADAPTERS[adapter], steps=2, **ranks)
+        weights = {name: weight.numpy() for name, weight in watch.weights.items()}
+        return weights, [{name: keep.numpy() for name, keep in keeps.items()} for keeps in watch.keeps]
+
+    alone, ranks = work(None), in_two_processes(work)
+    for weights, keeps in ranks:
+        for name, weight in alone[0].items():
+            assert (weights[name] == weight).all(), name
+        for ours, theirs in zip(keeps, alone[1], strict=True):
+            assert all((ours[name] == theirs[name]).all() for name in theirs)
