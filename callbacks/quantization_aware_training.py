@@ -57,9 +57,8 @@ class QuantizationAwareTraining(Transforming):
             raise ValueError(f"freeze_scales is {freeze_scales}, before start, {start}: there are no scales yet")
         self.start = start
         self.freeze_scales = freeze_scales
-        # The name tells two of them apart: one for some layers, another for the rest.
-        name = f"{type(self).__name__}:{scheme}"
-        self._fake = FakeQuantization(name, make_scheme(scheme, group_size, target), leave_out or [], train_base)
+        # Named by its scheme: another for the rest of the layers may stand beside it.
+        self._fake = FakeQuantization(scheme, make_scheme(scheme, group_size, target), leave_out or [], train_base)
         self._start_step = 0
         self._freeze_step: int | None = None
 
@@ -72,7 +71,7 @@ class QuantizationAwareTraining(Transforming):
         other = pl_module.transformations.get(self._fake.name)
         if other is not None and other is not self._fake:
             raise ValueError(
-                f"two of the callbacks are QuantizationAwareTraining of {self._fake.scheme.name}: one is enough for "
+                f"two of the callbacks are QuantizationAwareTraining of {self._fake.name}: one is enough for "
                 "all layers, and leave_out leaves some to another scheme"
             )
         super().setup(trainer, pl_module, stage)

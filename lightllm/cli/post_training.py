@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightllm.batch import TextBatch
@@ -15,9 +14,9 @@ from lightllm.compression.fake_quantization import quantization_schemes
 from lightllm.compression.post_training import quantize_by_gptq, quantize_to_nearest
 from lightllm.compression.schemes import make_scheme
 from lightllm.datamodules import ChatData, DocumentData, TextData
-from lightllm.export import GGUFType, export, write_gguf
+from lightllm.export import export, write_gguf
 from lightllm.export.compare import outputs, random_rows
-from lightllm.export.merge import plain_network, prevailing_dtype
+from lightllm.export.merge import plain_network
 from lightllm.runs import RunFolder
 
 
@@ -35,7 +34,6 @@ def quantize(request: Request) -> None:
             f"{request.model!r} was trained with quantized weights, and rounding them once more would only lose: "
             f"write them as they are with lightllm export {request.model} --format torchao, or --format gguf"
         )
-    dtype = prevailing_dtype(loaded.network)
     network = plain_network(loaded.network)
     rows = random_rows(network)
     before = outputs(network, rows)
@@ -47,10 +45,9 @@ def quantize(request: Request) -> None:
     moved = (outputs(network, rows) - before).abs().max().item()
     print(f"quantized: logits moved by {moved:.2g} at most, {moved / before.abs().max().item():.2%} of the largest")
     if request.format == "gguf":
-        embedding: GGUFType | None = "BF16" if dtype == torch.bfloat16 else None
-        report = write_gguf(network, loaded.tokenizer, target, embedding_dtype=embedding)
+        report = write_gguf(network, loaded.tokenizer, target)
     else:
-        report = export(network, loaded.tokenizer, target, layout=request.format, dtype=dtype)
+        report = export(network, loaded.tokenizer, target, layout=request.format)
     print(report.describe())
     if RunFolder(request.model).exists:
         enter_export(request.model, report.path)

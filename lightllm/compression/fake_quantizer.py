@@ -156,7 +156,8 @@ def fake_quantize(network: nn.Module, scheme: Scheme, leave_out: list[str]) -> d
     for name, layer in layers.items():
         if layer.effect.fake_quantizer is not None:
             raise ValueError(f"{name} is quantized already: name it in leave_out of one of the two")
-        layer.effect.fake_quantizer = GridFakeQuantizer(scheme, shared).to(layer.base.weight.device)
+        weight = layer.base.weight
+        layer.effect.fake_quantizer = GridFakeQuantizer(scheme.stored_in(weight.dtype), shared).to(weight.device)
     return layers
 
 

@@ -82,19 +82,24 @@ class SymmetricGrid(Grid):
         group_size: See `Grid`.
         float32_scales: Scales are float32 whatever the weight's dtype, as in torchao's int8 tensors; else of its dtype,
             as in its tensors of any number of bits.
+        scale_dtype: Scales are numbers of this dtype, though those of a wider weight are tensors of its own.
     """
 
     bits: int
     group_size: int | None = None
     float32_scales: bool = False
+    scale_dtype: torch.dtype | None = None
 
     @override
     def scales(self, groups: Tensor) -> Tensor:
         # The largest of each group is found in float32, which is exact and, for bfloat16, ten times as fast.
         largest = groups.abs().float().amax(-1, keepdim=True).to(groups.dtype)
-        smallest = torch.finfo(torch.float32).eps if self.float32_scales else torch.finfo(groups.dtype).smallest_normal
+        kept = torch.finfo(self.scale_dtype or groups.dtype)
+        smallest = torch.finfo(torch.float32).eps if self.float32_scales else kept.smallest_normal
         scales = (largest / ((2**self.bits - 1) / 2)).clamp_(min=smallest)
-        return scales.float() if self.float32_scales else scales
+        if self.float32_scales:
+            return scales.float()
+        return scales if self.scale_dtype is None else scales.to(self.scale_dtype).to(groups.dtype)
 
     @override
     def integers(self, values: Tensor, scales: Tensor) -> Tensor:

@@ -51,10 +51,9 @@ def quantize_by_gptq(network: nn.Module, scheme: Scheme, leave_out: list[str], b
 
     @torch.no_grad()
     def change(name: str, _: nn.Module, inputs: SecondMoment) -> None:
-        layer = layers[name]
-        rounded = gptq(layer.merged_weight(), inputs.sum, scheme.grid, keep_zeros=True)
+        layer, quantizer = layers[name], _quantizer(layers[name])
+        rounded = gptq(layer.merged_weight(), inputs.sum, quantizer.scheme.grid, keep_zeros=True)
         layer.write_merged(rounded.weight)
-        quantizer = _quantizer(layer)
         quantizer.freeze(rounded.scales)
         quantizer.enabled = True
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightllm.compression.grids import Grid, Q4_0Grid, Q8_0Grid, SymmetricGrid
@@ -26,6 +28,16 @@ class Scheme(NamedTuple):
     """Of the weight."""
     inputs: Callable[[Tensor], Tensor] | None
     """From inputs `[..., in]` to rounded ones; None leaves them as they are."""
+
+    def stored_in(self, dtype: torch.dtype) -> Scheme:
+        """The scheme for a network of a dtype, in which torchao's tensors keep their scales.
+
+        So a merged weight, which is rounded in float32, is on the grid that the network's file will have.
+        """
+        grid = self.grid
+        if not isinstance(grid, SymmetricGrid) or grid.float32_scales or dtype == torch.float32:
+            return self
+        return self._replace(grid=replace(grid, scale_dtype=dtype))
 
 
 def make_scheme(name: SchemeName, group_size: int | None = None, target: Target = "torchao") -> Scheme:

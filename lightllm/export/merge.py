@@ -75,22 +75,22 @@ def merged_network(
     return merged.eval()
 
 
-def plain_network(network: nn.Module) -> PreTrainedModel:
-    """A network of ordinary layers that computes what `network` does, in float32 and with memory of its own.
+def plain_network(network: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A network of ordinary layers that computes what `network` does, with memory of its own.
 
     Args:
         network: A transformers model, or a peft model around one.
+        dtype: Of the weights; see `merged_network`.
 
     Raises:
         ValueError: See `merged_network`.
     """
-    merged = merged_network(network, torch.float32)
+    merged = merged_network(network, dtype)
     weights = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    config = merged.config
-    config.use_cache = False
+    merged.config.use_cache = False
     with no_progress_bars():
         plain = type(merged).from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+            None, config=merged.config, state_dict=weights, dtype=merged.dtype, attn_implementation="sdpa"
         )
     moved: nn.Module = plain
     moved.to(network_device(network))

@@ -139,7 +139,7 @@ def _write_torchao(
     written, read = merged.state_dict(), loaded.state_dict()
     for name, tensor in written.items():
         layer = name.removesuffix(".weight")
-        expected = weights[layer].dense().float() if layer in weights else tensor
+        expected = weights[layer].dense().to(saved).float() if layer in weights else tensor
         found = stored_weight(loaded.get_submodule(layer)) if layer in weights else read[name]
         if not torch.equal(found, expected):
             raise ValueError(f"{name} is read back as another than was written: the export would be wrong")

@@ -93,6 +93,18 @@ def test_given_scales_round_a_column_as_its_group_is() -> None:
     assert torch.equal(wider, grid.round_weight(original / 2, scales) * 2)
 
 
+def test_scales_of_another_dtype_are_its_numbers() -> None:
+    original = weight(torch.float32)
+    grid = SymmetricGrid(4, 32, scale_dtype=torch.bfloat16)
+    groups = grid.groups(original)
+    scales = grid.scales(groups)
+    assert scales.dtype == torch.float32
+    assert torch.equal(scales, SymmetricGrid(4, 32).scales(groups).bfloat16().float())
+    assert torch.equal(grid.round_weight(original), SymmetricGrid(4, 32).round_weight(original, scales))
+    small = weight(torch.bfloat16)
+    assert torch.equal(grid.round_weight(small), SymmetricGrid(4, 32).round_weight(small))
+
+
 def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rows of 80 cannot be cut into groups of 32: choose a group_size"):
         SymmetricGrid(4, 32).round_weight(torch.zeros(2, 80))

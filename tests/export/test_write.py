@@ -24,7 +24,7 @@ from lightllm.compression.schemes import Scheme, SchemeName, make_scheme
 from lightllm.export import export, write
 from lightllm.export.compare import Difference, outputs
 from lightllm.models import document_attention  # noqa: F401  (registers an attention)
-from lightllm.models.adapters import DoRA, LoRA
+from lightllm.models.adapters import DoRA, Full, LoRA
 from lightllm.models.chat_template import with_chat_template
 from lightllm.models.low_bit import keep_differentiable
 
@@ -245,6 +245,29 @@ def test_a_torchao_folder_computes_what_was_trained(scheme: Scheme, freeze: bool
     assert report.max_logit_difference is not None
     assert report.max_logit_difference <= tolerance * ours.abs().max()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), Full()])
+def test_a_torchao_folder_of_bfloat16_has_scales_of_bfloat16(adapter: LoRA | Full, tmp_path: Path) -> None:
+    """Which is what moving it to a device would make of others; a merged weight is rounded by such scales."""
+    torch.manual_seed(0)
+    base = wide_llama()
+    for parameter in base.parameters():
+        parameter.data = parameter.data.bfloat16()
+    network = adapter.attach(base)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    switch_on(network, make_scheme("int8_dynamic_int4"))
+    network.eval()
+    report = export(network, tiny_tokenizer(), tmp_path / "export", layout="torchao", base_model="x")
+    assert (report.dtype, report.max_logit_difference) == ("bfloat16", 0.0)
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert torch.equal(outputs(loaded.to("cpu"), token_rows()), outputs(network, token_rows()))
+    for name, layer in effective_layers(network).items():
+        stored = loaded.get_parameter(f"{name}.weight")
+        assert torch.equal(stored.scale.float(), stored.scale.bfloat16().float())
+        assert torch.equal(stored.dequantize(), layer.effective_weight().bfloat16())
 
 
 def test_a_torchao_folder_can_be_merged_again(tmp_path: Path) -> None:
