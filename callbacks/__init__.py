@@ -11,6 +11,7 @@ from lightllm.callbacks.keep_tokenizer import KeepTokenizer
 from lightllm.callbacks.loss_spike import LossSpike
 from lightllm.callbacks.low_rank_decomposition import LowRankDecomposition
 from lightllm.callbacks.magnitude_pruning import MagnitudePruning
+from lightllm.callbacks.movement_pruning import MovementPruning
 from lightllm.callbacks.network_size import NetworkSize
 from lightllm.callbacks.non_finite_loss import NonFiniteLoss, NonFiniteLossError
 from lightllm.callbacks.predictions import Predictions
@@ -41,6 +42,7 @@ __all__ = [
     "LossSpike",
     "LowRankDecomposition",
     "MagnitudePruning",
+    "MovementPruning",
     "NetworkSize",
     "NonFiniteLoss",
     "NonFiniteLossError",

@@ -172,7 +172,7 @@ def write_config(folder: Path, adapter: str, callback: dict[str, Any], max_steps
             "accelerator": "cpu",
             "callbacks": [{"class_path": "lightllm.callbacks.SparsityRegularization", "init_args": callback}],
         },
-        "checkpoint": {"every_n_train_steps": 2},
+        "checkpoint": {"every_n_train_steps": 1, "keep": 9},
         "model": {
             "class_path": "lightllm.modules.FineTuning",
             "init_args": {
@@ -212,7 +212,8 @@ def test_a_run_with_gates_resumes_bit_for_bit_and_is_exported(
     write_config(tmp_path, adapter, GATES)
     lightllm("fit", "--config", "config.yaml")
     whole = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    for steps in (2, 4):
+    for steps in (2, 4, 5):
+        assert (tmp_path / f"run/checkpoints/step={steps}.ckpt").is_file()
         shutil.copytree(tmp_path / "run", tmp_path / f"cut{steps}")
         for file in (tmp_path / f"cut{steps}/checkpoints").iterdir():
             if file.name != f"step={steps}.ckpt":
