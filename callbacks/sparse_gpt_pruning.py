@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class SparseGPTPruning(Pruning):
     """Prunes so that each layer's outputs change least, adapting the weights that stay (arXiv:2301.00774).
 
-    The outputs are those for training documents, layer by layer at the moment of pruning: three forward passes over
+    The outputs are those for training documents, layer by layer at the moment of pruning: two forward passes over
     them and a factorization a layer. Frozen weights change too, so that the checkpoints of LoRA hold them all. See
     `Pruning`.
 
