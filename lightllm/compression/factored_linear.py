@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightllm.compression.low_rank import Factors
-from lightllm.models.anatomy import unwrapped
+from lightllm.models.anatomy import OwnNetwork, unwrapped
 from lightllm.models.plain_tensors import MadeOfParts
 
 
@@ -83,6 +83,9 @@ def factored(layer: nn.Linear, rank: int, factors: Factors | None = None) -> Fac
 def replace_layers(network: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put other layers in the place of those that the network has by these names."""
     base = unwrapped(network)
+    if isinstance(base, OwnNetwork):
+        # In evaluation, torch's own transformer layers would take the matrices past the layers that are there now.
+        torch.backends.mha.set_fastpath_enabled(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, layer)

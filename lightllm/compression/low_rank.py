@@ -70,7 +70,7 @@ def spectrum(weight: Tensor, second_moment: Tensor | None = None, damping: float
     Raises:
         ValueError: Weight or moment are not finite, or the moment is zero or of another size.
     """
-    matrix = weight.detach().double()
+    matrix = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
     if not matrix.isfinite().all():
         raise ValueError("the weight is not finite everywhere, so that it has no singular values")
     if second_moment is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import pytest
 import torch
 import yaml
 from command_line import lightllm, refused, save_chats, save_small_network, settle_in
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from tiny_objective import Batches, cut, documents, objective, scratch
 from tiny_run import tiny_trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
+from typing_extensions import override
 
 from lightllm.batch import TextBatch
 from lightllm.callbacks import MovementPruning
@@ -257,3 +260,41 @@ def test_whatever_cannot_be_is_refused(
     for fields, message in cases:
         write_config(tmp_path, "Full", fields)
         assert message in refused(capsys, "fit", "--config", "config.yaml")
+
+
+class RankBatches:
+    """Every second batch, from the rank on."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        return iter(batches()[torch.distributed.get_rank() :: 2])
+
+
+class SaveState(Callback):
+    """Leaves each rank's state in the folder."""
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt")
+
+
+def test_two_ranks_learn_one_mask(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"begin": 1, "end": 6, "every_n_steps": 1, "score_learning_rate": SCORE_RATE}
+    alone = fit(tmp_path, MovementPruning(0.6, **fields), accumulate_grad_batches=2).state_dict()
+    torch.manual_seed(0)
+    module = FineTuning(scratch(), optimizer=partial(torch.optim.SGD, lr=RATE), schedule=Schedule("constant"))
+    trainer = tiny_trainer(
+        tmp_path,
+        [MovementPruning(0.6, **fields), SaveState()],
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo", start_method="fork"),
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, RankBatches())
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert alone.keys() == first.keys()
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, atol=1e-6, rtol=1e-4)

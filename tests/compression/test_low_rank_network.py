@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from own_networks import Transformer
 from peft import LoraConfig, get_peft_model
 from tiny_architectures import tiny_architecture
 from tiny_networks import tiny_llama, tiny_qwen2
@@ -22,6 +23,7 @@ from lightllm.compression.low_rank_network import (
     rank_report,
 )
 from lightllm.compression.rank_choice import RankChoice, Shape
+from lightllm.models.anatomy import OwnNetwork
 from lightllm.models.hidden_states import hidden_states
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -122,6 +124,18 @@ def test_architectures_without_conv1d_run_in_thin_matrices(architecture: str) ->
     after = hidden_states(network, batch)
     assert after.isfinite().all()
     assert 0 < (after - before).norm() < before.norm()
+
+
+def test_a_module_of_ones_own_runs_in_thin_matrices() -> None:
+    network = OwnNetwork(Transformer(VOCABULARY), "lm_head").eval()
+    with pytest.raises(ValueError, match=r"out_proj is a NonDynamicallyQuantizableLinear, and only nn.Linear"):
+        decomposable_layers(network)
+    batches = tiny_batches(4)
+    before = hidden_states(network, batches[0])
+    ranks = decompose(network, decomposable_layers(network, ["out_proj"]), RankChoice(budget=0.8), batches)
+    assert set(ranks) == {"module.layers.0.linear1", "module.layers.0.linear2"}
+    with torch.no_grad():
+        assert 0 < (hidden_states(network, batches[0]) - before).norm() < before.norm()
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
