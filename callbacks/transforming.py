@@ -33,7 +33,7 @@ class Transforming(Callback, ABC):
 
         What is done while the network is built, before its adapter, is announced by the build pipeline.
         """
-        pl_module.announcements.make(self.transformation().name, pl_module.built_network)
+        pl_module.announcements.make(type(self).__name__, pl_module.built_network)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]

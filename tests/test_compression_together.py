@@ -21,7 +21,6 @@ from compressed_run import (
     LORA,
     MASKS,
     QAT,
-    ROUNDED,
     WANDA,
     Material,
     assert_exported_as_trained,
@@ -82,7 +81,7 @@ def test_every_combination_is_exported_as_it_was_trained(
             assert ((exported.get_parameter(f"{name}.weight").unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all()
     rows = [row.key for row in Ledger("run/ledger.jsonl").rows]
     steps = [("WandaPruning", 1)] * (masking is not None)
-    steps += [(ROUNDED, 1)] * quantized
+    steps += [("QuantizationAwareTraining", 1)] * quantized
     assert rows == [("dense", 0), *[("teacher", 0)] * distilled, *steps, ("trained", 4)]
     if len(callbacks) > 2:
         assert_same_weights(
@@ -126,7 +125,7 @@ def test_thin_matrices_are_adapted_masked_and_rounded(
     state = fit(config)
     rows = Ledger("run/ledger.jsonl").rows
     names = [one["class_path"].rpartition(".")[2] for one in callbacks]
-    assert [row.step for row in rows if row.step != "teacher"] == ["dense", *names[:-1], ROUNDED, "trained"]
+    assert [row.step for row in rows if row.step != "teacher"] == ["dense", *names, "trained"]
     thin = names.index("LowRankDecomposition")
     assert rows[thin + 1].parameters == rows[thin].parameters - 2 * 3 * (32 * 48 - 16 * (32 + 48))
     config["trainer"]["callbacks"] = [LEDGER, *callbacks[::-1]]

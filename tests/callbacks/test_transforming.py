@@ -101,7 +101,7 @@ def test_steps_are_announced_as_they_are_done_and_the_end_behind_every_callback(
 
     trainer = tiny_trainer(tmp_path, [Listening(), Ending()], max_steps=2)
     trainer.fit(FineTuning(scratch(), optimizer=adamw()), Batches(cut(documents(), [6, 6])))
-    assert told == [("dense", 0, 2), ("FirstBlock", 0, 1), ("FirstBlock", 2, 1), ("trained", 2, 1)]
+    assert told == [("dense", 0, 2), ("FirstBlock", 0, 1), ("Ending", 2, 1), ("trained", 2, 1)]
 
 
 def test_at_each_hook_they_come_in_the_order_of_their_kinds_and_others_where_they_were(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from lightllm.export import export
 WANDA = {"class_path": "lightllm.callbacks.WandaPruning", "init_args": {"num_documents": 8}}
 MASKS: dict[str, dict[str, Any] | None] = {"dense": None, "half": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 QAT = {"class_path": "lightllm.callbacks.QuantizationAwareTraining", "init_args": {"group_size": 16}}
-ROUNDED = "QuantizationAwareTraining:int8_dynamic_int4"
 LEDGER = {"class_path": "lightllm.callbacks.CompressionLedger", "init_args": {"limit": 4, "generation": False}}
 LORA = {"class_path": "lightllm.models.LoRA", "init_args": {"rank": 4, "dropout": 0.0}}
 FULL = {"class_path": "lightllm.models.Full"}
