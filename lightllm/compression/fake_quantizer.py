@@ -1,7 +1,7 @@
 """Fake quantization: a layer computes with rounded weights and inputs, and learns as if they were not rounded.
 
 Rounding has no slope, so gradients go straight through it (arXiv:1308.3432): the backward pass is free and nothing is
-kept for it. A weight takes six passes over its memory, an input seven, all in place but the first two.
+kept for it. A weight takes six passes over its memory and an input eight, of which one or two make a tensor.
 """
 
 from __future__ import annotations
