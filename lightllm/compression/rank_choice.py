@@ -42,7 +42,8 @@ class RankChoice:
         budget: Parameters of the thin matrices, as a share of those of the layers that they replace.
         allocation: Of a budget: `uniform` gives each layer its share of its own parameters; `global` gives the
             layers' components ranks by what they are worth for their parameters, each as a share of its layer's
-            energy, and leaves a layer whole where thin matrices would be no smaller.
+            energy, and leaves a layer whole where thin matrices would be no smaller. Energy is not loss: where a few
+            tokens have outputs much larger than all others, they decide, and `uniform` may do better.
         by_layer: Ranks by regular expressions of layers' names; the first that matches a name somewhere decides, and
             where there is neither energy nor budget, layers that none matches stay whole.
 
