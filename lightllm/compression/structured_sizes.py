@@ -27,7 +27,7 @@ class Removal(NamedTuple):
     channels: int | float = 0
     """Of the residual stream."""
     parameters: float | None = None
-    """Share of all parameters; neurons go until it is reached, beside what else goes."""
+    """Share of all parameters, at least; neurons go until it is reached, beside what else goes."""
 
 
 def check_removal(removal: Removal) -> None:
@@ -167,7 +167,7 @@ def _configuration(structure: Structure, sizes: Sizes) -> PretrainedConfig:
 
 
 def _neurons_for(structure: Structure, sizes: Sizes, share: float) -> int:
-    """The neurons that stay so that in all `share` of the parameters goes."""
+    """The most neurons that may stay so that at least `share` of all parameters goes."""
     without = num_parameters(structure, sizes._replace(neurons=0))
     each = num_parameters(structure, sizes._replace(neurons=1)) - without
     dense = num_parameters(structure, structure.sizes)
@@ -184,6 +184,5 @@ def _neurons_for(structure: Structure, sizes: Sizes, share: float) -> int:
             f"parameters is {share}, and with all MLP neurons but one no more than {most:.3f} of them go: remove "
             "layers, heads or channels too"
         )
-    kept = _nearest(target, total, lambda _: True)
-    assert kept is not None
-    return kept
+    step = _ROUND_TO if total >= _ROUND_FROM and target >= _ROUND_TO else 1
+    return int(target // step) * step
