@@ -36,7 +36,7 @@ class StructuredPruning(Transforming):
         heads: Key/value heads, each with the query heads that read it.
         neurons: Of the MLPs.
         channels: Hidden channels: the width of the residual stream, and with it of everything that reads or writes it.
-        parameters: The share of all parameters to remove at least: as many neurons go as it takes beside what else goes.
+        parameters: At least this share of all parameters: as many neurons go as it takes beside what else goes.
         importance: activation: how much a unit adds to the residual stream, and by how much a layer turns it (block
             influence); taylor: the first-order change of the loss, |weight x gradient|; magnitude: the squares of the
             weights, without data.

@@ -18,6 +18,13 @@ RECIPES = [name for name in config_names() if name not in OVERLAYS]
 
 FEW_ROWS = ["--data.reading.limit", "30", "--data.reading.val_fraction", "0.1", "--trainer.fast_dev_run", "2"]
 SMALLER = {
+    "compress/small_from_scratch.yaml": [
+        "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+        "num_attention_heads: 4, max_position_embeddings: 1024}",
+    ],
+    "compress/structured_distill.yaml": [
+        "--trainer.callbacks=[{class_path: lightllm.callbacks.StructuredPruning, init_args: {layers: 0}}]",
+    ],
     "compress/all_together.yaml": ["--trainer.callbacks.group_size", "16"],
     "compress/qat_int4.yaml": ["--trainer.callbacks.group_size", "16"],
     "distill/cached.yaml": ["--model.network.step", "2"],
