@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightllm.compression.effects import effective_layers
 from lightllm.compression.layers import prunable_layers
+from lightllm.datamodules import TextData
 from lightllm.models import Adapter, FromConfig, LoRA
 from lightllm.models.hidden_states import hidden_states
 from lightllm.modules import FineTuning, LanguageModule, Schedule
@@ -34,14 +35,19 @@ def dense(adapter: Adapter | None = None) -> LanguageModule:
 
 
 def pruned(
-    folder: Path, callbacks: Iterable[Callback], adapter: Adapter | None = None, steps: int = 1, **fields: Any
+    folder: Path,
+    callbacks: Iterable[Callback],
+    adapter: Adapter | None = None,
+    steps: int = 1,
+    data: TextData | None = None,
+    **fields: Any,
 ) -> LanguageModule:
-    """Train for some steps on `text_data`."""
+    """Train for some steps on `text_data`, whose files are written anew where it is not given."""
     torch.manual_seed(0)
     network = FromConfig("llama", small_fields("llama", vocab_size=300))
     module = FineTuning(network, adapter, optimizer=adamw(), schedule=Schedule("constant"))
     trainer = tiny_trainer(folder, list(callbacks), max_epochs=-1, max_steps=steps, **fields)
-    trainer.fit(module, datamodule=text_data(folder))
+    trainer.fit(module, datamodule=data or text_data(folder))
     return module
 
 
