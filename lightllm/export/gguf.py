@@ -24,7 +24,7 @@ from lightllm.compression.fake_quantizer import LowBitWeight
 from lightllm.export.compare import Difference, checked_difference, difference
 from lightllm.export.gguf_tensors import BLOCK, Array, GGUFType, Stored, blocks, fitting, interleaved, is_exact, type_of
 from lightllm.export.gguf_vocabulary import vocabulary
-from lightllm.export.merge import merged_weights
+from lightllm.export.merge import merged_weights, prevailing_dtype
 from lightllm.export.report import ExportReport
 from lightllm.export.sparsity import sparsity_report
 from lightllm.models.anatomy import transformers_network, vocabulary_size
@@ -273,12 +273,13 @@ def _verify(
     for name, value in _numbers(config).items():
         if not math.isclose(_numbers(loaded.config)[name], value, rel_tol=1e-6):
             raise ValueError(f"the GGUF file is read back with another {name} than {value}: the file would be wrong")
+    # In the network's dtype: what float32 makes of the same weights may be far from what bfloat16 does.
     read: nn.Module = loaded
-    read.to(network_device(network))
+    read.to(network_device(network), prevailing_dtype(network))
     found = difference(network, read)
     if all(is_exact(weights[one.source], one) for one in stored):
         with inputs_as_they_are(network):
-            checked_difference(network, read, torch.float32)
+            checked_difference(network, read, prevailing_dtype(network))
     return found
 
 

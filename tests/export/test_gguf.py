@@ -64,6 +64,15 @@ def test_a_file_in_full_precision_is_read_back_as_the_network(name: str, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["net.gguf"]
 
 
+def test_a_network_in_bfloat16_is_compared_in_bfloat16(tmp_path: Path) -> None:
+    """Its own weights in float32 give other logits, which say nothing of the file."""
+    network = tiny_llama().bfloat16()
+    rows = token_rows(320, rows=2, length=8)
+    assert not torch.equal(outputs(network, rows), outputs(copy.deepcopy(network).float(), rows))
+    report = write_gguf(network, tiny_tokenizer(), tmp_path / "network.gguf", "BF16")
+    assert report.max_logit_difference == 0
+
+
 def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
     from gguf import GGUFReader
 
