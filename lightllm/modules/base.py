@@ -35,6 +35,7 @@ from lightllm.modules.run_length import total_optimizer_steps
 from lightllm.modules.scale_in_place import scale_in_place
 from lightllm.modules.schedule import Schedule
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
+from lightllm.parallel.data_ranks import num_data_ranks, sum_over_data_ranks
 
 _LOSS_UNIT = 4096
 """Summed losses are divided by this before backward, so that half-precision gradients stay in range; a power of two,
@@ -188,10 +189,10 @@ class LanguageModule(LightningModule, ABC):
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
-        total = self.trainer.strategy.reduce(self._step, reduce_op="sum") if self.trainer.world_size > 1 else self._step
+        total = sum_over_data_ranks(self.trainer.strategy, self._step)
         if not self._batch_is_step():
-            # The gradients are a mean over ranks of sums over micro-batches: this makes them the mean over all targets.
-            factor = _LOSS_UNIT * self.trainer.world_size / total[1].clamp(min=1)
+            # Gradients are a mean over data ranks of sums over micro-batches: this makes them a mean over all targets.
+            factor = _LOSS_UNIT * num_data_ranks(self.trainer.strategy) / total[1].clamp(min=1)
             scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor)
         self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
         self._step = torch.zeros_like(self._step)
@@ -202,7 +203,7 @@ class LanguageModule(LightningModule, ABC):
 
     def _batch_is_step(self) -> bool:
         """Whether a batch is a whole optimizer step, so that its weight is the step's and is known before backward."""
-        return self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
+        return self.trainer.accumulate_grad_batches == 1 and num_data_ranks(self.trainer.strategy) == 1
 
     @override
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
