@@ -7,6 +7,7 @@ from lightllm.datamodules.preference import PreferenceData
 from lightllm.datamodules.preparation import Reading
 from lightllm.datamodules.pydoc import PydocData
 from lightllm.datamodules.rows import BadRow, Origin, Row
+from lightllm.datamodules.sentence_pairs import SentencePairData
 from lightllm.datamodules.text import TextData
 from lightllm.datamodules.train_tokenizer import TrainTokenizer
 
@@ -20,6 +21,7 @@ __all__ = [
     "PydocData",
     "Reading",
     "Row",
+    "SentencePairData",
     "TextData",
     "TrainTokenizer",
 ]

@@ -276,7 +276,7 @@ class DocumentData(LightningDataModule, ABC):
             return
         store = self._store(self._origin_of(split))
         held_out = 0.0 if self.val is not None or split == "test" else self.reading.val_fraction
-        rows = choose_rows(split, len(store) // self.documents_per_row, held_out)
+        rows = choose_rows(split, store.encoded.origins[:: self.documents_per_row], held_out)
         documents = select_documents(store, rows, self.documents_per_row, self.max_length, self.overflow)
         if split == "val" and held_out and not len(rows):
             return  # there are too few rows to hold any out

@@ -87,18 +87,23 @@ def select_documents(
     )
 
 
-def choose_rows(split: str, num_rows: int, held_out: float) -> Integers:
+def choose_rows(split: str, origins: Integers, held_out: float) -> Integers:
     """Indices of a split's rows: all, or, if some are held out for validation, its part of them.
 
-    Which rows are held out depends on nothing but how many there are, so that runs with different seeds compare.
+    Which rows are held out depends on nothing but how many there are, so that runs with different seeds compare. Rows
+    that were made of one row of the source are held out together.
 
     Args:
         split: "train", "val" or "test".
-        num_rows: How many rows there are.
+        origins: Source and line of each row, `[num_rows, 2]`.
         held_out: Share of the rows that is held out, at least one row but never all; 0 if none is.
     """
     if not held_out:
-        return np.arange(num_rows)
+        return np.arange(len(origins))
+    begins = (origins[1:] != origins[:-1]).any(axis=1)
+    of_source = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(begins)])[: len(origins)]
+    num_rows = len(origins) and int(of_source[-1]) + 1
     num_held_out = max(0, min(max(1, round(held_out * num_rows)), num_rows - 1))
     order = np.random.default_rng(0).permutation(num_rows)
-    return np.sort(order[:num_held_out] if split == "val" else order[num_held_out:])
+    chosen = order[:num_held_out] if split == "val" else order[num_held_out:]
+    return np.flatnonzero(np.isin(of_source, chosen))

@@ -24,14 +24,16 @@ class TextEncoder:
     Args:
         tokenizer: The tokenizer.
         field: The row's field that holds the text.
+        reads_end: See `TextData.reads_end`.
 
     Raises:
         ValueError: The tokenizer has no token that could end a document.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, field: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, field: str, reads_end: bool = False) -> None:
         self.tokenizer = tokenizer
         self.field = field
+        self.reads_end = reads_end
         self._prefix, self._suffix = _special_tokens(tokenizer)
 
     def __call__(self, row: Row) -> list[Document]:
@@ -46,6 +48,8 @@ class TextEncoder:
             ids = self._prefix + ids
         if row.ends:
             ids = ids + self._suffix
+        if self.reads_end:  # only what something comes behind of is read: see `Document`
+            return [Document([*ids, ids[-1]], [*[True] * len(ids), False])]
         return [Document(ids, [True] * len(ids))]
 
 
@@ -69,6 +73,8 @@ class TextData(DocumentData):
 
     text_field: str = "text"
     """Field of a row that holds the text; text files have it as `text`."""
+    reads_end: bool = False
+    """Have a document's last token read too: for encoders. A network that predicts the next token has no use for it."""
 
     @property
     @override
@@ -86,7 +92,7 @@ class TextData(DocumentData):
 
     @cached_property
     def _encoder(self) -> TextEncoder:
-        return TextEncoder(self.loaded_tokenizer, self.text_field)
+        return TextEncoder(self.loaded_tokenizer, self.text_field, self.reads_end)
 
 
 def text_of(row: Row, field: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
-"""The special tokens of a trained tokenizer: a document's begin and end, and padding."""
+BEGIN, END, PADDING, MASK = "<|begin|>", "<|end|>", "<|padding|>", "<|mask|>"
+"""The special tokens of a trained tokenizer: a document's begin and end, padding, and an encoder's masked tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class TrainTokenizer:
     """Tokens, the 256 bytes and 3 special tokens included."""
     megabytes: int = 100
     """Train on the first so much of the text."""
+    encoder: bool = False
+    """For an encoder: there is a token `<|mask|>`, and texts, alone or in pairs, all end with `<|end|>`."""
 
     def train(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """Train; equal texts make equal tokenizers.
@@ -31,7 +33,7 @@ class TrainTokenizer:
         Raises:
             ValueError: The vocabulary has no room for the bytes, or there is no text.
         """
-        special = [BEGIN, END, PADDING]
+        special = [BEGIN, END, PADDING, *([MASK] if self.encoder else [])]
         smallest = 256 + len(special)
         if self.vocab_size < smallest:
             raise ValueError(f"vocab_size is {self.vocab_size}, but bytes and special tokens alone take {smallest}")
@@ -48,9 +50,9 @@ class TrainTokenizer:
         if tokenizer.get_vocab_size() == smallest:
             raise ValueError("there is no text to train a tokenizer on")
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BEGIN} $A",
-            pair=f"{BEGIN} $A {BEGIN} $B",
-            special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))],
+            single=f"{BEGIN} $A {END}" if self.encoder else f"{BEGIN} $A",
+            pair=f"{BEGIN} $A {END} $B:1 {END}:1" if self.encoder else f"{BEGIN} $A {BEGIN} $B",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)],
         )
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -58,6 +60,7 @@ class TrainTokenizer:
             eos_token=END,
             pad_token=PADDING,
             clean_up_tokenization_spaces=False,
+            **({"cls_token": BEGIN, "sep_token": END, "mask_token": MASK} if self.encoder else {}),
         )
 
     def train_into(self, folder: Path, texts: Iterable[str]) -> None:

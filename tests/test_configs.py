@@ -17,6 +17,10 @@ OVERLAYS = [name for name in config_names() if name.split("/")[0] in ("callbacks
 RECIPES = [name for name in config_names() if name not in OVERLAYS]
 
 FEW_ROWS = ["--data.reading.limit", "30", "--data.reading.val_fraction", "0.1", "--trainer.fast_dev_run", "2"]
+SMALL_BERT = [
+    "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4}",
+    "--data.tokenizer.vocab_size=300",
+]
 SMALLER = {
     "compress/small_from_scratch.yaml": [
         "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
@@ -31,6 +35,8 @@ SMALLER = {
     "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],
     "distill/smollm2_third.yaml": ["--model.network.step", "2"],
     "finetune/frozen.yaml": ["--model.adapter.num_blocks", "1"],
+    "pretrain/masked.yaml": SMALL_BERT,
+    "pretrain/sentence_pairs.yaml": SMALL_BERT,
     "pretrain/tiny_llama.yaml": [
         "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}",
         "--data.tokenizer.vocab_size=300",

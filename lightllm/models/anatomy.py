@@ -6,6 +6,7 @@ imported where it is asked for: it takes a second, and `lightllm fit --help` has
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -157,6 +158,15 @@ def input_embedding(network: nn.Module) -> nn.Embedding:
     return table
 
 
+def output_layer(network: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, in the copy that is in use; None where a network has none."""
+    base = unwrapped(network)
+    if isinstance(base, OwnNetwork):
+        return _in_use(base.module.get_submodule(base.head))
+    assert isinstance(base, PreTrainedModel)
+    return _in_use(base.get_output_embeddings())
+
+
 def output_head(network: nn.Module) -> Head:
     """The head's matrix and what comes after it.
 
@@ -165,13 +175,7 @@ def output_head(network: nn.Module) -> Head:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = unwrapped(network)
-    if isinstance(base, OwnNetwork):
-        layer: nn.Module | None = base.module.get_submodule(base.head)
-    else:
-        assert isinstance(base, PreTrainedModel)
-        layer = base.get_output_embeddings()
-    layer = _in_use(layer)
+    base, layer = unwrapped(network), output_layer(network)
     if layer is None:
         raise ValueError(f"{type(base).__name__} has no head that makes logits")
     if isinstance(layer, BaseTunerLayer):
@@ -181,6 +185,7 @@ def output_head(network: nn.Module) -> Head:
         )
     if isinstance(base, OwnNetwork):
         return Head(_tensor(layer, "weight"), _optional_tensor(layer, "bias"), None, 1.0)
+    assert isinstance(base, PreTrainedModel)
     config = base.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -202,14 +207,26 @@ def max_positions(network: nn.Module) -> int | None:
     if not isinstance(base, PreTrainedModel):
         return None
     limit: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        limit -= first_position(base)
     if limit is not None and learns_a_prompt(network):
         assert isinstance(network, PeftModel)
         limit -= network.active_peft_config.num_virtual_tokens
     return limit
 
 
-def check_head(network: nn.Module) -> None:
-    """Refuse a causal network whose logits are not what `output_head` says.
+def first_position(network: nn.Module) -> int:
+    """The position id of a row's first token: 0, or what comes behind the entry for padding, as RoBERTa has it."""
+    table = getattr(getattr(decoder(network), "embeddings", None), "position_embeddings", None)
+    return table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
+
+
+def check_head(network: nn.Module, before_head: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
+    """Refuse a network whose logits are not what `output_head` says.
+
+    Args:
+        network: A network with a head.
+        before_head: What it does to hidden states `[batch, seq, hidden]` before the output matrix, if anything.
 
     Raises:
         ValueError: The architecture does something else to its logits, so that losses from hidden states are wrong.
@@ -220,8 +237,10 @@ def check_head(network: nn.Module) -> None:
     head = output_head(base)
     input_ids = torch.arange(4, device=head.weight.device)[None] % vocabulary_size(base)
     with inference(base):
-        hidden = decoder(base)(input_ids=input_ids, use_cache=False).last_hidden_state
-        expected = base(input_ids=input_ids, use_cache=False).logits
+        cache = {} if before_head else {"use_cache": False}
+        hidden = decoder(base)(input_ids=input_ids, **cache).last_hidden_state
+        hidden = before_head(base, hidden) if before_head else hidden
+        expected = base(input_ids=input_ids, **cache).logits
         fits = hidden.shape[-1] == head.weight.shape[1] and expected.shape[-1] == len(head.weight)
         difference = (apply_head(hidden, head).float() - expected.float()).abs().max() if fits else torch.inf
     # Both are the same operations in the same dtype: what differs is a rounding or two of the largest logit.

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightllm.models.document_attention import implementation_for
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, torch_dtype
-from lightllm.models.pretrained import AUTO_CLASSES, architecture_for
+from lightllm.models.pretrained import AUTO_CLASSES, architecture_for, require_masked_head
 
 _LLAMA = {"model_type": "llama", "rope_theta": 10_000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 
@@ -79,7 +79,9 @@ class FromConfig(Network):
         if request.quantization is not None:
             raise ValueError("a network from scratch has nothing to quantize yet: take QLoRA with Pretrained")
         config = self.configuration(request.tokenizer)
-        attention = implementation_for(self.attention, architecture_for(config, request.task))
+        architecture = architecture_for(config, request.task)
+        require_masked_head(self.architecture, architecture, request.task)
+        attention = implementation_for(self.attention, architecture)
         network = AUTO_CLASSES[request.task].from_config(  # type: ignore[attr-defined]
             config, dtype=torch_dtype(self.dtype), attn_implementation=attention
         )

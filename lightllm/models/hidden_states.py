@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ def check_causal(network: nn.Module) -> None:
     Raises:
         ValueError: It does: it is an encoder.
     """
-    if _reaches(network, torch.arange(8), source=slice(4, 8), target=slice(0, 4)):
+    if reaches(network, torch.arange(8), source=slice(4, 8), target=slice(0, 4)):
         raise ValueError(
             f"{type(unwrapped(network)).__name__} sees the tokens that it is to predict: it is an encoder, and this "
             "objective needs a causal language model"
@@ -70,17 +72,30 @@ def check_packing(network: nn.Module) -> None:
     Raises:
         ValueError: A document's hidden states depend on the one before it in the row.
     """
-    if _reaches(network, torch.arange(4).repeat(2), source=slice(0, 4), target=slice(4, 8)):
+    if reaches(network, torch.arange(4).repeat(2), source=slice(0, 4), target=slice(4, 8)):
         raise ValueError(
             f"{type(unwrapped(network)).__name__} does not tell packed documents apart by their positions, so each "
             "would see those before it in the row: set data.batches.mode to sorted"
         )
 
 
-def _reaches(network: nn.Module, positions: Tensor, source: slice, target: slice) -> bool:
+def reaches(
+    network: nn.Module,
+    positions: Tensor,
+    source: slice,
+    target: slice,
+    states: Callable[[nn.Module, TextBatch], Tensor] = hidden_states,
+) -> bool:
     """Whether hidden states at `target` depend on tokens at `source`, in a row with these positions.
 
     By their gradient, which is exactly 0 where they don't, in any dtype and however weak random weights are.
+
+    Args:
+        network: The network.
+        positions: Positions within documents, `[seq]`.
+        source: Places whose tokens may be seen.
+        target: Places that may see them.
+        states: What makes the hidden states `[1, seq, hidden]`.
     """
     embedded: list[Tensor] = []
 
@@ -94,7 +109,7 @@ def _reaches(network: nn.Module, positions: Tensor, source: slice, target: slice
     handle = input_embedding(network).register_forward_hook(watch)
     try:
         with inference(network), torch.enable_grad():
-            hidden = hidden_states(network, batch)
+            hidden = states(network, batch)
     finally:
         handle.remove()
     if not hidden.requires_grad:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,6 +21,7 @@ from transformers import (
 from typing_extensions import override
 
 from lightllm.models.document_attention import implementation_for
+from lightllm.models.inference import own_random_numbers
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
 from lightllm.models.low_bit import keep_differentiable
 from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
@@ -93,8 +95,14 @@ class Pretrained(Network):
         architecture = architecture_for(config, request.task)
         if request.task == "causal":
             _refuse_encoder(self.name, config, architecture)
-        # What is downloaded shows how far it is; what is read from the disk takes a moment.
-        with no_progress_bars() if Path(checkpoint).is_dir() else nullcontext():
+        require_masked_head(self.name, architecture, request.task, self.trust_remote_code)
+        # What is downloaded shows how far it is; what is read from the disk takes a moment. A head that the checkpoint
+        # does not have begins with random weights, and with the same ones every time: see `restorable`.
+        with ExitStack() as stack:
+            if Path(checkpoint).is_dir():
+                stack.enter_context(no_progress_bars())
+            if request.task != "causal":
+                stack.enter_context(own_random_numbers(torch.device("cpu"), 0))
             network = AUTO_CLASSES[request.task].from_pretrained(  # type: ignore[attr-defined]
                 checkpoint,
                 dtype=torch_dtype(self.dtype),
@@ -111,6 +119,27 @@ def architecture_for(config: PreTrainedConfig, task: Task) -> type[PreTrainedMod
     """The class that transformers builds a configuration's network with; None if its code is not transformers' own."""
     found = _ARCHITECTURES[task].get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
+
+
+def require_masked_head(
+    name: str, architecture: type[PreTrainedModel] | None, task: Task, own_code: bool = False
+) -> None:
+    """Refuse an architecture that can't say which token is masked.
+
+    Args:
+        name: What the user calls the network.
+        architecture: As `architecture_for` found it.
+        task: What is asked of it.
+        own_code: The network brings its code with it, which may have such a head.
+
+    Raises:
+        ValueError: The task is `masked`, and the architecture has no head for it.
+    """
+    if task == "masked" and architecture is None and not own_code:
+        raise ValueError(
+            f"{name!r} has no head that predicts masked tokens: this objective needs an encoder, such as bert, roberta "
+            "or modernbert"
+        )
 
 
 def _refuse_encoder(name: str, config: PreTrainedConfig, architecture: type[PreTrainedModel] | None) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A byte that a sentencepiece vocabulary has no character for."""
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """A space in a sentencepiece vocabulary."""
 
 
@@ -45,7 +45,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int |
     table = torch.zeros(vocab_size or num_tokens, dtype=torch.int64)
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
-    spelling = _spelling(tokenizer)
+    spelling = spelling_of(tokenizer)
     for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(num_tokens)))):
         if token_id in special or token is None:
             continue
@@ -56,7 +56,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int |
     return table
 
 
-class _Spelling(NamedTuple):
+class Spelling(NamedTuple):
     """How a vocabulary writes its tokens."""
 
     byte_level: bool
@@ -67,7 +67,7 @@ class _Spelling(NamedTuple):
     """Marks the end of a word, and stands for the space after it."""
 
 
-def _bytes_of_piece(token: str, spelling: _Spelling) -> int:
+def _bytes_of_piece(token: str, spelling: Spelling) -> int:
     if spelling.byte_level:
         return len(token)
     if _BYTE_TOKEN.fullmatch(token):
@@ -75,17 +75,18 @@ def _bytes_of_piece(token: str, spelling: _Spelling) -> int:
     token = token.removeprefix(spelling.prefix)
     if spelling.suffix and token.endswith(spelling.suffix):
         token = token.removesuffix(spelling.suffix) + " "
-    return len(token.replace(_SPACE, " ").encode())
+    return len(token.replace(SPACE, " ").encode())
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Spelling:
+def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
+    """How the vocabulary of a tokenizer writes its tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # not every tokenizer is one of the tokenizers package
     if backend is None:
-        return _Spelling(byte_level=False, prefix="", suffix="")
+        return Spelling(byte_level=False, prefix="", suffix="")
     description = json.loads(backend.to_str())
     kinds = {part["type"] for key in ("decoder", "pre_tokenizer") for part in _parts(description[key])}
     model = description["model"]
-    return _Spelling(
+    return Spelling(
         byte_level="ByteLevel" in kinds,
         prefix=model.get("continuing_subword_prefix") or "",
         suffix=model.get("end_of_word_suffix") or "",

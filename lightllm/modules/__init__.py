@@ -1,10 +1,12 @@
 """Objectives: what a network is trained towards, one a file."""
 
+from lightllm.masking import Masking
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, RelationLoss
+from lightllm.modules.masked import MaskedPretraining
 from lightllm.modules.on_policy import OnPolicy
 from lightllm.modules.preference import PreferenceTuning
 from lightllm.modules.schedule import Schedule
@@ -17,6 +19,8 @@ __all__ = [
     "HiddenStateLoss",
     "LanguageModule",
     "Loss",
+    "MaskedPretraining",
+    "Masking",
     "OnPolicy",
     "PreferenceTuning",
     "RelationLoss",

@@ -154,7 +154,8 @@ class LanguageModule(LightningModule, ABC):
         self._repeated = set(self.records)
         self.network = build_network(self.plan, request, self._due_transformations(), self.records, self.announcements)
         length = getattr(getattr(self._trainer, "datamodule", None), "max_length", None)
-        check_agreement(self.network, self.tokenizer, length, self._rows_are_packed())
+        packed = self._rows_are_packed() and self.task == "causal"  # the others are told of documents by a mask
+        check_agreement(self.network, self.tokenizer, length, packed)
 
     def _due_transformations(self) -> list[Transformation]:
         """All when a run begins or is read back; a network that is measured as it comes has lost no part yet."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import blocks, check_head, decoder, output_head, unwrapped
 from lightllm.models.document_attention import BY_DOCUMENT
+from lightllm.models.head_transform import states_for_head
 from lightllm.models.hidden_states import check_causal
 from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.transformation import Announcements, Record, Transformation, apply_transformations
@@ -53,11 +54,13 @@ def build_network(
         network.config.use_cache = False
     if plan.task == "causal" and not on_meta(network):
         _check_causal_network(network)
+    if plan.task == "masked" and not on_meta(network):
+        check_head(network, states_for_head)
     if announcements is not None:
         announcements.make("dense", network)
     apply_transformations(network, transformations, records, before_adapter=True, announcements=announcements)
     network = plan.adapter.attach(network)
-    if plan.task == "causal":
+    if plan.task != "encoder":
         output_head(network)  # which refuses an adapter on it
     apply_transformations(network, transformations, records, before_adapter=False)
     if plan.gradient_checkpointing:

@@ -55,14 +55,26 @@ def test_rows_alone_are_selected() -> None:
     ("num_rows", "fraction", "held_out"), [(100, 0.05, 5), (10, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0), (0, 0.5, 0)]
 )
 def test_held_out_rows_are_never_all_and_in_no_other_split(num_rows: int, fraction: float, held_out: int) -> None:
-    train, val = choose_rows("train", num_rows, fraction), choose_rows("val", num_rows, fraction)
+    origins = np.stack([np.zeros(num_rows, dtype=np.int64), np.arange(num_rows)], axis=1)
+    train, val = choose_rows("train", origins, fraction), choose_rows("val", origins, fraction)
     assert len(val) == held_out
     assert sorted([*train, *val]) == list(range(num_rows))
-    assert choose_rows("val", num_rows, fraction).tolist() == val.tolist()
+    assert choose_rows("val", origins, fraction).tolist() == val.tolist()
+
+
+def test_rows_of_one_row_of_the_source_are_held_out_together() -> None:
+    origins = np.array([[0, 1]] * 3 + [[0, 2]] + [[1, 2]] * 2 + [[1, 5]] * 4)
+    val = choose_rows("val", origins, 0.5)
+    train = choose_rows("train", origins, 0.5)
+    assert sorted([*train, *val]) == list(range(10))
+    held_out = {tuple(origins[row]) for row in val}
+    assert len(held_out) == 2
+    assert not held_out & {tuple(origins[row]) for row in train}
 
 
 def test_all_rows_where_none_are_held_out() -> None:
-    assert choose_rows("train", 4, 0).tolist() == choose_rows("test", 4, 0).tolist() == [0, 1, 2, 3]
+    origins = np.zeros((4, 2), dtype=np.int64)
+    assert choose_rows("train", origins, 0).tolist() == choose_rows("test", origins, 0).tolist() == [0, 1, 2, 3]
 
 
 def test_an_excerpt_is_spread_evenly_and_keeps_what_belongs_together() -> None:

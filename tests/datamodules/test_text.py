@@ -10,7 +10,7 @@ from chat_tokenizer import byte_tokenizer
 from data_run import ready, text_data, write_rows
 from tokenizers import processors
 
-from lightllm.batch import IGNORE_INDEX
+from lightllm.batch import IGNORE_INDEX, Document, pad_documents
 from lightllm.datamodules import Batches, Reading, TextData
 from lightllm.datamodules.rows import BadRow, Origin, Row
 from lightllm.datamodules.text import TextEncoder, text_of
@@ -28,6 +28,13 @@ def test_documents_have_a_begin_an_end_and_targets_throughout() -> None:
     parts = [encode(row(begins, ends, body="ab")) for begins, ends in ((True, False), (False, False), (False, True))]
     whole = [token for ((ids, _, _),) in parts for token in ids]
     assert byte_tokenizer().decode(whole) == "<s>ababab</s>"
+
+
+def test_an_encoder_reads_the_last_token_too() -> None:
+    ((ids, targets, _),) = TextEncoder(byte_tokenizer(), "text", reads_end=True)(row(text="ab"))
+    batch = pad_documents([Document(ids, targets, 0)])
+    assert byte_tokenizer().decode(batch["input_ids"][0]) == "<s>ab</s>"
+    assert batch["labels"][0].tolist() == [*ids[1:4], IGNORE_INDEX]
 
 
 def test_special_tokens_are_those_that_the_tokenizer_puts_there() -> None:

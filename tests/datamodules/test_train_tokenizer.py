@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightllm.datamodules.pydoc_rows import topic_rows
-from lightllm.datamodules.train_tokenizer import BEGIN, END, PADDING, TrainTokenizer, strings_in
+from lightllm.datamodules.train_tokenizer import BEGIN, END, MASK, PADDING, TrainTokenizer, strings_in
 
 TEXTS = [row["text"] for row in topic_rows()[:20]]
 
@@ -31,6 +31,17 @@ def test_equal_texts_make_equal_tokenizers(tmp_path: Path) -> None:
     assert files[0] == files[1]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert loaded(TEXTS[0])["input_ids"] == TrainTokenizer(500).train(TEXTS)(TEXTS[0])["input_ids"]
+
+
+def test_a_tokenizer_for_encoders_masks_and_ends_and_pairs_texts(tmp_path: Path) -> None:
+    TrainTokenizer(600, encoder=True).train_into(tmp_path, iter(TEXTS))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token) == (MASK, BEGIN, END)
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a word", "and more"))
+    assert tokenizer("a word")["input_ids"] == [begin, *one, end]
+    assert tokenizer("a word", "and more")["input_ids"] == [begin, *one, end, *other, end]
+    assert len(tokenizer) == 600
 
 
 def test_training_reads_no_more_text_than_asked() -> None:

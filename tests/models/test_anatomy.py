@@ -8,6 +8,7 @@ import torch
 from own_networks import Gru
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_architectures import LEAKING, PACKING, tiny_architecture
+from tiny_encoders import tiny_encoder
 from tiny_networks import tiny_gpt2, tiny_llama, tiny_qwen2, token_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,11 +20,13 @@ from lightllm.models.anatomy import (
     blocks,
     check_head,
     decoder,
+    first_position,
     has_adapter,
     input_embedding,
     learns_a_prompt,
     max_positions,
     output_head,
+    output_layer,
     transformers_network,
     unwrapped,
     vocabulary_size,
@@ -178,6 +181,21 @@ def test_a_low_rank_update_of_the_head_is_refused_and_of_the_embedding_is_not() 
     with pytest.raises(ValueError, match=r"targets include the output head.*name it in modules_to_save"):
         output_head(network)
     assert input_embedding(network) is base.model.embed_tokens.base_layer
+
+
+def test_positions_begin_behind_the_entry_for_padding() -> None:
+    roberta = tiny_encoder("roberta", max_position_embeddings=64)
+    assert first_position(roberta) == 2
+    assert max_positions(roberta) == 62
+    assert first_position(tiny_encoder("bert")) == first_position(tiny_llama()) == 0
+
+
+def test_output_layer_is_what_head_is_read_from() -> None:
+    network = tiny_encoder("bert")
+    layer = output_layer(network)
+    assert layer is network.cls.predictions.decoder
+    assert output_head(network).weight is layer.weight
+    assert output_layer(tiny_encoder("bert", task="encoder")) is None
 
 
 def test_positions_are_shared_with_a_learned_prompt() -> None:
