@@ -15,8 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-SHARDED_METADATA = "meta.pt"
-"""The file that Lightning writes last into a sharded checkpoint, which is a folder."""
+from lightllm.sharded_checkpoint import META, link_folder, read_sharded, replace_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,6 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if Path(path).is_dir():  # of a run whose ranks each wrote their parts
+            return read_sharded(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
 
 
@@ -53,24 +54,32 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(complete, key=lambda path: complete[path], default=None)
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's file or folder whole, into the processor's memory."""
+    if Path(path).is_dir():
+        return read_sharded(Path(path))
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return checkpoint
+
+
 def read_entry(path: str | Path, key: str, default: Any) -> Any:
     """Read one entry of a checkpoint, beside which no weight is loaded; `default` where it has none."""
-    file = Path(path) / SHARDED_METADATA if Path(path).is_dir() else Path(path)
+    file = Path(path) / META if Path(path).is_dir() else Path(path)
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get(key, default)
 
 
 def alias_checkpoint(path: str | Path, name: str) -> Path:
     """Give a checkpoint a second name in its folder in one move, on one disk space; a former one of that name goes.
 
-    A file gets a hard link (a copy where the file system has none), so it stays when the first name is removed; a
-    sharded checkpoint, a folder, gets a symbolic link.
+    A file, and each file of a sharded checkpoint's folder, gets a hard link (a copy where the file system has none),
+    so it stays when the first name is removed.
     """
     source = Path(path)
     alias = source.with_name(name)
     if source.is_dir():
         temporary = _temporary(alias)
-        temporary.symlink_to(source.name, target_is_directory=True)
-        temporary.replace(alias)
+        link_folder(source, temporary)
+        replace_folder(temporary, alias)
     elif not (alias.exists() and alias.samefile(source)):
         _replace(alias, lambda temporary: _link_or_copy(source, temporary))
     return alias
@@ -79,7 +88,10 @@ def alias_checkpoint(path: str | Path, name: str) -> Path:
 def remove_temporaries(folder: str | Path) -> None:
     """Remove what a killed process left half written."""
     for leftover in Path(folder).glob("*.ckpt.tmp-*"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
@@ -122,7 +134,7 @@ def _is_alias(path: Path) -> bool:
 
 def _global_step(path: Path) -> int | None:
     """The number of optimizer steps in a checkpoint; None if it is not complete."""
-    file = path / SHARDED_METADATA if path.is_dir() else path
+    file = path / META if path.is_dir() else path
     # A zip archive's table of contents is its end, so a file that was cut off is none.
     if file.is_file() and zipfile.is_zipfile(file):
         try:

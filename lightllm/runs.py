@@ -137,7 +137,7 @@ class RunFolder:
             ValueError: There is none yet.
         """
         best = self.checkpoints / "best.ckpt"
-        return best if best.is_file() else self.newest_checkpoint()
+        return best if best.exists() else self.newest_checkpoint()
 
     def checkpoint(self, which: str) -> Path:
         """A checkpoint by name: `best`, `newest`, or a file.

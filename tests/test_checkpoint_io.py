@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -160,11 +161,24 @@ def test_alias_is_a_copy_where_there_are_no_links(tmp_path: Path, monkeypatch: p
     assert alias.read_bytes() == path.read_bytes()
 
 
-def test_alias_of_a_sharded_checkpoint_points_to_it(tmp_path: Path) -> None:
+def test_alias_of_a_sharded_checkpoint_outlives_it(tmp_path: Path) -> None:
     for step in (1, 2):
         sharded = tmp_path / f"step={step}.ckpt"
         sharded.mkdir()
         torch.save({"global_step": step}, sharded / "meta.pt")
         alias = alias_checkpoint(sharded, "last.ckpt")
+        assert (alias / "meta.pt").samefile(sharded / "meta.pt")  # no second copy on the disk
         assert torch.load(alias / "meta.pt")["global_step"] == step
     assert newest_checkpoint(tmp_path) == tmp_path / "step=2.ckpt"
+    shutil.rmtree(tmp_path / "step=2.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    good = save(tmp_path / "step=1.ckpt", 1)
+    (tmp_path / "step=2.ckpt.tmp-77").write_bytes(b"half")
+    (tmp_path / "step=3.ckpt.tmp-parts").mkdir()
+    (tmp_path / "step=3.ckpt.tmp-parts" / "__0_0.distcp").write_bytes(b"half")
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == [good.name]

@@ -146,8 +146,8 @@ def restore(module: LanguageModule, checkpoint: Path) -> None:
     Raises:
         ValueError: The checkpoint is of another network.
     """
-    import torch
+    from lightllm.checkpoint_io import read_checkpoint
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    state = read_checkpoint(checkpoint)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)

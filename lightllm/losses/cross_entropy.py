@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import check_inputs, product_dtype
-from lightllm.losses.position_losses import position_losses, refuse_second_derivative
+from lightllm.losses.position_losses import refuse_second_derivative
+from lightllm.losses.vocabulary_parallel import LossOptions, VocabularyPart, losses_of_part, vocabulary_part
 
 
 def linear_cross_entropy(
@@ -40,7 +41,7 @@ def linear_cross_entropy(
     Args:
         hidden: Hidden states `[..., hidden]`.
         weight: Output matrix `[vocab, hidden]`, a tied embedding's or a frozen one's too: without `requires_grad` its
-            gradient is not formed.
+            gradient is not formed. A `DTensor` whose rows lie on several ranks stays there: each makes its own logits.
         labels: Token to predict from each hidden state, int64 `[...]`.
         bias: Bias of the logits `[vocab]`.
         label_smoothing: Share of the target's probability that is spread evenly over the vocabulary, in `[0, 1]`.
@@ -62,8 +63,9 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}: give a number in [0, 1]")
     dtype = product_dtype(hidden, weight)
-    options = (label_smoothing, z_loss, softcap, logit_scale, ignore_index, chunk_tokens, dtype)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, torch.is_grad_enabled(), options)
+    options = LossOptions(label_smoothing, z_loss, softcap, logit_scale, ignore_index, chunk_tokens, dtype)
+    weight, bias, part = vocabulary_part(weight, bias)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, torch.is_grad_enabled(), options, part)
     return loss
 
 
@@ -78,10 +80,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         grad_enabled: bool,
-        options: tuple[Any, ...],
+        options: LossOptions,
+        part: VocabularyPart | None,
     ) -> Tensor:
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        losses, *gradients = position_losses(hidden, weight, bias, labels, None, *options, *needs)
+        needs = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        losses, *gradients = losses_of_part(part, (hidden, weight, bias, labels), None, options, needs)
         ctx.save_for_backward(*gradients)
         return losses.sum()
 
@@ -89,4 +92,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient * grad_loss if needed else None for gradient, needed in gradients), None, None, None)
+        return (*(gradient * grad_loss if needed else None for gradient, needed in gradients), None, None, None, None)

@@ -13,6 +13,7 @@ from lightllm.losses.divergence_terms import DIVERGENCES
 from lightllm.losses.output_head import check_inputs, product_dtype
 from lightllm.losses.position_divergences import position_divergences
 from lightllm.losses.position_losses import refuse_second_derivative
+from lightllm.losses.vocabulary_parallel import whole
 
 DivergenceKind = Literal[
     "forward_kl",
@@ -168,9 +169,12 @@ def checked_network(
 ) -> tuple[Tensor, LogitTerms]:
     """Check one network's inputs, and leave out what its head has for tokens from `num_tokens` on.
 
+    A head whose rows lie on several ranks is gathered: a divergence looks at all tokens of a position together.
+
     Arguments and errors are those of `linear_divergence`.
     """
     check_inputs(hidden, weight, labels, terms.bias, terms.softcap, chunk_tokens)
+    weight, terms = whole(weight), terms._replace(bias=None if terms.bias is None else whole(terms.bias))
     if num_tokens is None or num_tokens == len(weight):
         return weight, terms
     if not 0 < num_tokens < len(weight):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import check_inputs, product_dtype
-from lightllm.losses.position_losses import position_losses, refuse_second_derivative
+from lightllm.losses.position_losses import refuse_second_derivative
+from lightllm.losses.vocabulary_parallel import LossOptions, VocabularyPart, losses_of_part, vocabulary_part
 
 
 def linear_log_probabilities(
@@ -48,8 +49,10 @@ def linear_log_probabilities(
             vocabulary.
     """
     check_inputs(hidden, weight, labels, bias, softcap, chunk_tokens)
-    options = (0.0, 0.0, softcap, logit_scale, ignore_index, chunk_tokens, product_dtype(hidden, weight))
-    log_probabilities: Tensor = _LinearLogProbabilities.apply(hidden, weight, bias, labels, options)
+    dtype = product_dtype(hidden, weight)
+    options = LossOptions(0.0, 0.0, softcap, logit_scale, ignore_index, chunk_tokens, dtype)
+    weight, bias, part = vocabulary_part(weight, bias)
+    log_probabilities: Tensor = _LinearLogProbabilities.apply(hidden, weight, bias, labels, options, part)
     return log_probabilities
 
 
@@ -58,20 +61,24 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: LossOptions,
+        part: VocabularyPart | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.options = options
-        losses, *_ = position_losses(hidden, weight, bias, labels, None, *options, False, False, False)
+        ctx.options, ctx.part = options, part
+        losses, *_ = losses_of_part(part, (hidden, weight, bias, labels), None, options, (False, False, False))
         return losses.neg()
 
     @staticmethod
     def backward(ctx: Any, grad_log_probabilities: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_log_probabilities")
-        hidden, weight, bias, labels = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        _, *gradients = position_losses(
-            hidden, weight, bias, labels, grad_log_probabilities.neg(), *ctx.options, *needs
-        )
+        factors = grad_log_probabilities.neg()
+        _, *gradients = losses_of_part(ctx.part, ctx.saved_tensors, factors, ctx.options, needs)
         needed = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return (*needed, None, None)
+        return (*needed, None, None, None)

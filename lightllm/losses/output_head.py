@@ -186,6 +186,8 @@ class LogitOptions(NamedTuple):
     """The dtype of the products."""
     widest: int | None = None
     """Vocabulary that blocks are cut for, where logits over two of them are walked side by side; their own if None."""
+    vocabulary: int | None = None
+    """Tokens that a label may name, where the weight has the rows of some of them only; its rows if None."""
 
 
 class TargetLogits:
@@ -224,7 +226,7 @@ class TargetLogits:
     ) -> None:
         vocab = len(weight)
         dtype, wide = options.dtype, softmax_dtype(options.dtype)
-        self.positions, self.targets = target_positions(labels, vocab, options.ignore_index)
+        self.positions, self.targets = target_positions(labels, options.vocabulary or vocab, options.ignore_index)
         self.hidden = hidden.flatten(0, -2)[self.positions].to(dtype)
         wide_bias = None if bias is None else bias.to(wide)
         self.head = OutputHead(weight.to(dtype), wide_bias, options.softcap, options.logit_scale)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import LogitOptions, TargetLogits, check_inputs, product_dtype, softmax_dtype
+from lightllm.losses.vocabulary_parallel import LossOptions, vocabulary_parallel_statistics, vocabulary_part
 
 
 class TokenStatistics(NamedTuple):
@@ -40,6 +41,10 @@ def linear_token_statistics(
     """
     check_inputs(hidden, weight, labels, bias, softcap, chunk_tokens)
     dtype = product_dtype(hidden, weight)
+    weight, bias, part = vocabulary_part(weight, bias)
+    if part is not None:
+        options = LossOptions(0.0, 0.0, softcap, logit_scale, ignore_index, chunk_tokens, dtype)
+        return TokenStatistics(*vocabulary_parallel_statistics(part, (hidden, weight, bias, labels), options))
     return TokenStatistics(
         *_token_statistics(hidden, weight, bias, labels, softcap, logit_scale, ignore_index, chunk_tokens, dtype)
     )

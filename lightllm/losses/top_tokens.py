@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightllm.batch import IGNORE_INDEX
 from lightllm.losses.output_head import LogitOptions, TargetLogits, check_inputs, product_dtype, softmax_dtype
+from lightllm.losses.vocabulary_parallel import whole
 
 
 class TopTokens(NamedTuple):
@@ -57,6 +58,7 @@ def linear_top_tokens(
         ValueError: if inputs don't fit together, or an option is out of its range.
     """
     check_inputs(hidden, weight, labels, bias, softcap, chunk_tokens)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
     if not 1 <= k <= len(weight):
         raise ValueError(f"k is {k}: give a number of tokens from 1 to the vocabulary's {len(weight)}")
     if not temperature > 0.0:

@@ -1,13 +1,42 @@
-"""Whether data and network belong together, asked before anything is trained."""
+"""Whether data, network and strategy belong together, asked before anything is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightllm.models.adapters import Adapter
 from lightllm.models.anatomy import max_positions, vocabulary_size
 from lightllm.models.hidden_states import check_packing
+from lightllm.models.transformation import Transformation
 from lightllm.modules.build import on_meta
+from lightllm.parallel.spreading import SpreadsWeights
+
+
+def check_composition(
+    adapter: Adapter, transformations: Sequence[Transformation], packed: bool, strategy: Strategy
+) -> None:
+    """Refuse what cannot be trained so, before a network is loaded.
+
+    Args:
+        adapter: What is to be done to the network.
+        transformations: What else.
+        packed: Whether rows hold several documents.
+        strategy: The trainer's.
+
+    Raises:
+        ValueError: The adapter needs a row a document, or the strategy cannot spread what the network will be.
+    """
+    if packed and not adapter.supports_packing:
+        raise ValueError(
+            f"{type(adapter).__name__} puts something before every row, so a row can hold one document only: set "
+            "data.batches.mode to sorted"
+        )
+    if isinstance(strategy, SpreadsWeights):
+        strategy.check_composition(adapter, transformations)
 
 
 def check_agreement(

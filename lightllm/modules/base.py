@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,16 +25,17 @@ from lightllm.models.load import load_tokenizer
 from lightllm.models.network import BuildRequest, Network, Task
 from lightllm.models.token_bytes import bytes_per_token
 from lightllm.models.transformation import Announcements, Record, Transformation
-from lightllm.modules.agreement import check_agreement
+from lightllm.modules.agreement import check_agreement, check_composition
 from lightllm.modules.build import BuildPlan, build_network
 from lightllm.modules.checkpointing import check_restored, without_restorable_weights
 from lightllm.modules.heap import keep_freed_memory
-from lightllm.modules.parameter_groups import parameter_groups
+from lightllm.modules.parameter_groups import adamw, parameter_groups
 from lightllm.modules.run_length import total_optimizer_steps
 from lightllm.modules.scale_in_place import scale_in_place
 from lightllm.modules.schedule import Schedule
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
 from lightllm.parallel.data_ranks import num_data_ranks, sum_over_data_ranks
+from lightllm.parallel.spreading import SpreadsWeights
 
 _LOSS_UNIT = 4096
 """Summed losses are divided by this before backward, so that half-precision gradients stay in range; a power of two,
@@ -51,11 +51,6 @@ class Loss(NamedTuple):
     """How much counts: the number of target tokens, or of pairs; a scalar."""
 
 
-def adamw(parameters: Iterable[Any]) -> Optimizer:
-    """AdamW as language models are usually trained: what an objective takes when no optimizer is named."""
-    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
 class LanguageModule(LightningModule, ABC):
     """A network, an objective and how it is optimised.
 
@@ -65,8 +60,7 @@ class LanguageModule(LightningModule, ABC):
     Args:
         network: Where the network comes from.
         adapter: What of it trains, and what is added.
-        optimizer: Any torch optimizer by class path, without its parameters: `torch.optim.AdamW`,
-            `bitsandbytes.optim.AdamW8bit`, …; `adamw` of this file when None.
+        optimizer: Any torch optimizer by class path (`bitsandbytes.optim.AdamW8bit`, …), AdamW when None.
         schedule: The learning rate over the run.
         gradient_checkpointing: Recompute each block's activations in the backward pass: slower, and memory of one
             block's activations instead of all.
@@ -140,11 +134,8 @@ class LanguageModule(LightningModule, ABC):
         self.tokenizer = getattr(datamodule, "tokenizer", None)
         if self.tokenizer is None and self.tokenizer_source is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_source)
-        if self._rows_are_packed() and not self.plan.adapter.supports_packing:
-            raise ValueError(
-                f"{type(self.plan.adapter).__name__} puts something before every row, so a row can hold one document "
-                "only: set data.batches.mode to sorted"
-            )
+        transformations = list(self.transformations.values())
+        check_composition(self.plan.adapter, transformations, self._rows_are_packed(), self.trainer.strategy)
 
     @override
     def configure_model(self) -> None:
@@ -197,6 +188,16 @@ class LanguageModule(LightningModule, ABC):
             scale_in_place([p.grad for p in self.parameters() if p.grad is not None], factor)
         self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
         self._step = torch.zeros_like(self._step)
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, SpreadsWeights) and gradient_clip_val and gradient_clip_algorithm != "value":
+            strategy.clip_gradients(self.parameters(), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def on_train_end(self) -> None:  # after every callback's, which may be the last to change the network

@@ -1,10 +1,13 @@
-"""Which parameters are decayed."""
+"""Which parameters are decayed, and by what they are trained if nothing else is named."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -23,3 +26,8 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def adamw(parameters: Iterable[Any]) -> Optimizer:
+    """AdamW as language models are usually trained: what an objective takes when no optimizer is named."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

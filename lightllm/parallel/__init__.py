@@ -1,5 +1,7 @@
 """Spreading a network and its batches over processes: which rank holds what, and what is exchanged."""
 
 from lightllm.parallel.degrees import Degrees
+from lightllm.parallel.sharding import Sharding
+from lightllm.parallel.strategy import ParallelStrategy
 
-__all__ = ["Degrees"]
+__all__ = ["Degrees", "ParallelStrategy", "Sharding"]

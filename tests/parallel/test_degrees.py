@@ -16,9 +16,9 @@ def test_shards_are_what_the_other_degrees_leave() -> None:
 
 
 def test_degrees_that_do_not_fit_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"shard 3 x tensor 2 x pipeline 1 does not make the 4 ranks .* \(6\)"):
+    with pytest.raises(ValueError, match=r"shard 3 x tensor 2 does not make the 4 ranks .* \(6\)"):
         Degrees(shard=3, tensor=2).resolved(4)
-    with pytest.raises(ValueError, match="tensor 3 x pipeline 1 does not make the 4 ranks that there are: "):
+    with pytest.raises(ValueError, match="shard auto x tensor 3 does not make the 4 ranks that there are: "):
         Degrees(tensor=3).resolved(4)
     with pytest.raises(ValueError, match="does not make the 2 ranks"):
         Degrees(tensor=4).resolved(2)

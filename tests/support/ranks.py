@@ -110,4 +110,4 @@ def _be_rank(
         torch.distributed.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.traceback").write_text(traceback.format_exc())
-        raise
+        sys.exit(1)
