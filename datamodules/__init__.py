@@ -2,6 +2,7 @@
 
 from lightllm.datamodules.base import DocumentData
 from lightllm.datamodules.chat import ChatData
+from lightllm.datamodules.pairs import PairData
 from lightllm.datamodules.plan import Batches
 from lightllm.datamodules.preference import PreferenceData
 from lightllm.datamodules.preparation import Reading
@@ -17,6 +18,7 @@ __all__ = [
     "ChatData",
     "DocumentData",
     "Origin",
+    "PairData",
     "PreferenceData",
     "PydocData",
     "Reading",

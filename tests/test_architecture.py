@@ -89,6 +89,8 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.build",
         "modules.cached_teacher",
         "modules.checkpointing",
+        "modules.embedding_metrics",
+        "modules.gathering",
         "modules.heap",
         "modules.inner_losses",
         "modules.on_policy",
@@ -99,6 +101,7 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.schedule",
         "modules.sentence_head",
         "modules.teacher_network",
+        "modules.text_groups",
         "modules.token_metrics",
     ),
 }

@@ -35,6 +35,7 @@ SMALLER = {
     "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],
     "distill/smollm2_third.yaml": ["--model.network.step", "2"],
     "finetune/frozen.yaml": ["--model.adapter.num_blocks", "1"],
+    "pretrain/contrastive.yaml": ["--model.loss.widths=[32, 8]"],
     "pretrain/masked.yaml": SMALL_BERT,
     "pretrain/sentence_pairs.yaml": SMALL_BERT,
     "pretrain/tiny_llama.yaml": [

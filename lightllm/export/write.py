@@ -28,6 +28,7 @@ from lightllm.export.factored import check_factored, load_with_its_code, with_co
 from lightllm.export.folder import written_whole
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
+from lightllm.export.sentence_files import write_sentence_files
 from lightllm.export.sparsity import sparsity_report
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.inference import network_device
@@ -78,6 +79,8 @@ def export(
         else:
             written = _write_adapter(network, unfinished, base_model)
         tokenizer.save_pretrained(unfinished)
+        if layout != "adapter":
+            write_sentence_files(network, tokenizer, unfinished)
         num_bytes = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
         report = ExportReport(path, layout, written.dtype, num_bytes, *written[1:], sparsity_report(network))
         report.write(unfinished)

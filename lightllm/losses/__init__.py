@@ -1,5 +1,6 @@
 """Losses: pure functions of tensors that know neither network nor trainer."""
 
+from lightllm.losses.contrastive import info_nce, matryoshka_info_nce
 from lightllm.losses.cross_entropy import linear_cross_entropy
 from lightllm.losses.divergence import Divergence, LogitTerms, linear_divergence
 from lightllm.losses.features import attention_relations, hidden_cosine, hidden_mse
@@ -19,6 +20,7 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "implicit_rewards",
+    "info_nce",
     "ipo_loss",
     "linear_cross_entropy",
     "linear_divergence",
@@ -26,4 +28,5 @@ __all__ = [
     "linear_token_statistics",
     "linear_top_token_divergence",
     "linear_top_tokens",
+    "matryoshka_info_nce",
 ]

@@ -4,6 +4,7 @@ from lightllm.masking import Masking
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
+from lightllm.modules.contrastive import ContrastivePretraining, InfoNCE
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, RelationLoss
 from lightllm.modules.masked import MaskedPretraining
@@ -13,10 +14,12 @@ from lightllm.modules.schedule import Schedule
 
 __all__ = [
     "CausalPretraining",
+    "ContrastivePretraining",
     "Distillation",
     "EmbeddingLoss",
     "FineTuning",
     "HiddenStateLoss",
+    "InfoNCE",
     "LanguageModule",
     "Loss",
     "MaskedPretraining",

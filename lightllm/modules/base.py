@@ -62,8 +62,7 @@ class LanguageModule(LightningModule, ABC):
         adapter: What of it trains, and what is added.
         optimizer: Any torch optimizer by class path (`bitsandbytes.optim.AdamW8bit`, …), AdamW when None.
         schedule: The learning rate over the run.
-        gradient_checkpointing: Recompute each block's activations in the backward pass: slower, and memory of one
-            block's activations instead of all.
+        gradient_checkpointing: Recompute each block's activations in the backward pass: slower, in less memory.
         compile: `torch.compile` each block.
 
     Raises:
