@@ -79,8 +79,8 @@ class NonFiniteLoss(Callback):
 
 
 def _is_finite(parameter: Tensor) -> bool:
-    if not parameter.requires_grad:
-        return True  # frozen, so it is as it was read
+    if not parameter.requires_grad or parameter.is_meta:
+        return True  # frozen, so it is as it was read; or another rank's
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return bool(local.detach().isfinite().all())
 

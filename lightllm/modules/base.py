@@ -150,11 +150,8 @@ class LanguageModule(LightningModule, ABC):
     def _due_transformations(self) -> list[Transformation]:
         """All when a run begins or is read back; a network that is measured as it comes has lost no part yet."""
         begins = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        return [
-            one
-            for one in self.transformations.values()
-            if begins or not one.kind.before_adapter or one.name in self.records
-        ]
+        known, ours = self.records, self.transformations.values()
+        return [one for one in ours if begins or not one.kind.before_adapter or one.name in known]
 
     def _rows_are_packed(self) -> bool:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -168,13 +165,16 @@ class LanguageModule(LightningModule, ABC):
 
     @override
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
-        loss = self.criterion(self(batch), batch)
-        self._step += torch.stack([loss.sum.detach(), loss.weight.detach()]).to(self._step.dtype)
+        return self.training_output(*self.criterion(self(batch), batch))
+
+    def training_output(self, loss_sum: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Count a batch's loss in its optimizer step, and return what `training_step` does."""
+        self._step += torch.stack([loss_sum.detach(), weight.detach()]).to(self._step.dtype)
         if self._batch_is_step():
-            scaled = loss.sum / loss.weight.clamp(min=1)
+            scaled = loss_sum / weight.clamp(min=1)
         else:  # Lightning divides by accumulate_grad_batches: undone. `on_after_backward` divides by the weight.
-            scaled = loss.sum * (self.trainer.accumulate_grad_batches / _LOSS_UNIT)
-        return {"loss": scaled, "loss_sum": loss.sum.detach(), "weight": loss.weight.detach()}
+            scaled = loss_sum * (self.trainer.accumulate_grad_batches / _LOSS_UNIT)
+        return {"loss": scaled, "loss_sum": loss_sum.detach(), "weight": weight.detach()}
 
     @override
     def on_after_backward(self) -> None:
@@ -225,9 +225,8 @@ class LanguageModule(LightningModule, ABC):
     @override
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Log probability of every target, `[batch, seq]`, 0 elsewhere; in nats."""
-        return linear_log_probabilities(
-            self(batch), labels=batch["labels"], **output_head(self.built_network)._asdict()
-        )
+        head = output_head(self.built_network)._asdict()
+        return linear_log_probabilities(self(batch), labels=batch["labels"], **head)
 
     def new_metrics(self) -> Metric:
         """What validation and test measure: a metric whose `compute` gives a dictionary of numbers by name."""
