@@ -100,7 +100,10 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         if temporary.stat().st_nlink == 1:  # a further name's bytes are on the disk already
             _flush_to_disk(temporary)
-        temporary.replace(target)
+        if target.is_dir():  # a sharded checkpoint of this name, from before
+            replace_folder(temporary, target)
+        else:
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

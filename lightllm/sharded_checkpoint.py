@@ -82,7 +82,7 @@ def read_sharded(path: Path, template: Template = lambda name, size: None, alone
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Put a finished folder (or link) in the place of what has the name now."""
+    """Put a finished folder in the place of what has the name now, or a finished file in that of a folder."""
     former = path.with_name(f"{path.name}.tmp-former")
     shutil.rmtree(former, ignore_errors=True)
     if path.is_symlink() or path.is_file():

@@ -175,6 +175,14 @@ def test_alias_of_a_sharded_checkpoint_outlives_it(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=1.ckpt"]
 
 
+def test_a_file_takes_the_place_of_a_sharded_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").mkdir()
+    torch.save({"global_step": 1}, tmp_path / "last.ckpt" / "meta.pt")
+    path = save(tmp_path / "step=2.ckpt", 2)
+    assert AtomicCheckpointIO().load_checkpoint(alias_checkpoint(path, "last.ckpt"))["global_step"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=2.ckpt"]
+
+
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     good = save(tmp_path / "step=1.ckpt", 1)
     (tmp_path / "step=2.ckpt.tmp-77").write_bytes(b"half")
