@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "models.plain_tensors",
         "models.transformation",
     ),
-    "parallel": ("batch", "losses", "models", "sharded_checkpoint"),
+    "parallel": ("batch", "flops", "losses", "models", "sharded_checkpoint"),
     "flops": ("batch", "models.anatomy"),
     "generate": ("batch", "compression", "losses", "models", "runs"),
     "teach": ("datamodules", "models", "modules", "teaching"),

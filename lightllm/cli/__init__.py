@@ -30,6 +30,7 @@ VERBS = {
     "export": Verb("lightllm.cli.plain", "write a run as a Hugging Face folder, an adapter or a GGUF file"),
     "compress-report": Verb("lightllm.cli.compress_report", "what each step of compressing a run's network cost"),
     "quantize": Verb("lightllm.cli.quantize", "round a run or an export to 4 or 8 bits: to nearest, or by GPTQ"),
+    "plan": Verb("lightllm.cli.plan", "how to spread a run over devices: memory and time of every sensible way"),
     "configs": Verb("lightllm.cli.plain", "list the shipped configurations, or copy one"),
 }
 

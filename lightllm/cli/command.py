@@ -45,6 +45,7 @@ USAGE = {
     "validate": "lightllm validate RUN [--any.field VALUE …]",
     "test": "lightllm test RUN [--any.field VALUE …]",
     "teach": "lightllm teach --config FILE [--any.field VALUE …]",
+    "plan": "lightllm plan --config FILE --hardware MACHINE [--any.field VALUE …]",
     "predict": "lightllm predict RUN [--predictions.what losses | generations] [--any.field VALUE …]",
 }
 
@@ -72,7 +73,7 @@ class TrainingCommand(LightningCLI):
     """Parses a configuration and makes its parts; a run folder, checkpoints and metrics belong to all of them.
 
     Args:
-        verb: fit, validate, test, predict or teach.
+        verb: fit, validate, test, predict, teach or plan.
         arguments: The command line after the verb.
         run: The run that is resumed or measured; None starts a new one.
         go_on: If the run that the configuration names was begun before, it is that which is resumed.
@@ -202,6 +203,18 @@ class TrainingCommand(LightningCLI):
             self._trial.cleanup()
         elif self.is_new and self.verb == "fit" and _is_first_rank():
             self.run_folder.release()
+
+
+class PlanningCommand(TrainingCommand):
+    """Makes the model and the data of a configuration, and no trainer: its devices need not be here."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        parts = self.config.clone()
+        for name in [name for name in vars(parts) if name not in ("model", "data")]:
+            del parts[name]
+        made = self.parser.instantiate_classes(parts)
+        self.model, self.datamodule = made.model, made.data
 
 
 @rank_zero_only
