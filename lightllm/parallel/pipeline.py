@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,19 +23,22 @@ from lightllm.batch import TextBatch
 from lightllm.models.adapters import Adapter
 from lightllm.models.transformation import Transformation
 from lightllm.parallel.clipping import clip_to, gradient_norm
+from lightllm.parallel.composition import check_composition
 from lightllm.parallel.data_ranks import sampler_arguments
 from lightllm.parallel.degrees import Degrees, device_mesh
 from lightllm.parallel.layout import find_layout
 from lightllm.parallel.lost_ranks import noticing_lost_ranks
 from lightllm.parallel.microbatches import check_rows
 from lightllm.parallel.schedules import Plan, ScheduleName, make_plan
+from lightllm.parallel.sharding import reshard
+from lightllm.parallel.spread_stages import spread_stages
 from lightllm.parallel.spreading import SpreadsWeights
 from lightllm.parallel.stage_gradients import StageGradients
 from lightllm.parallel.stage_states import (
+    load_own_optimizer_state,
+    load_own_weights,
     own_optimizer_state,
     own_weights,
-    part_of_optimizer_state,
-    part_of_weights,
     put_together,
 )
 from lightllm.parallel.staged_network import Cut, StagedNetwork
@@ -61,7 +65,8 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         schedule: Who works when, see `lightllm.parallel.schedules`.
         stages_per_rank: More than 1 for schedules that interleave; their usual number when None.
         cut: `flops` or `parameters`, of which every stage gets as much as can be, or the blocks of each stage.
-        tensor: Ranks that share the matrices of each stage.
+        shard: Ranks that share one copy of each stage's weights, gradients and optimizer state, and take other batches.
+        tensor: Ranks that share the matrices of each stage, by the network's own plan.
         timeout: After which a rank gives up waiting for another.
 
     Raises:
@@ -75,13 +80,14 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         schedule: ScheduleName = "1f1b",
         stages_per_rank: int | None = None,
         cut: Cut = "flops",
+        shard: int = 1,
         tensor: int = 1,
         timeout: timedelta = TIMEOUT,
     ) -> None:
         super().__init__(save_distributed_checkpoint=False, timeout=timeout)
         self.plan: Plan = make_plan(schedule, pipeline, microbatches, stages_per_rank)
         self.cut = cut
-        self.degrees = Degrees(replicate=1, shard=1, tensor=tensor, pipeline=pipeline)
+        self.degrees = Degrees(shard=shard, tensor=tensor, pipeline=pipeline)
         self._staged: StagedNetwork | None = None
         self._gradients: StageGradients | None = None
         self._sum: Tensor | None = None
@@ -110,6 +116,7 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     @override
     def check_composition(self, adapter: Adapter, transformations: Sequence[Transformation]) -> None:
         check_objective(self._module, adapter, self.plan.splits_backward)
+        check_composition(self.degrees, adapter, transformations)
         if self._module.trainer.state.fn == TrainerFn.PREDICTING:
             raise ValueError(
                 "a pipeline does not predict, since only its last stage knows what: add --trainer.strategy auto "
@@ -159,8 +166,7 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     @override
     def training_step(self, batch: TextBatch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         assert self._gradients is not None
-        if batch_idx % self._module.trainer.accumulate_grad_batches == 0:
-            self._gradients.begin_step()
+        self._gradients.begin(first=batch_idx % self._module.trainer.accumulate_grad_batches == 0)
         with noticing_lost_ranks():
             loss_sum, weight = self.staged.train(batch, self._objective.criterion)
         self._gradients.put_aside()
@@ -198,11 +204,13 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._reshard()
         return put_together(own_weights(self._module), self._pipeline_group)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._module.load_state_dict(part_of_weights(self._module, checkpoint["state_dict"]), strict=strict)
+        self._reshard()
+        load_own_weights(self._module, checkpoint["state_dict"])
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -211,9 +219,8 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states = checkpoint["optimizer_states"]
-        parts = [part_of_optimizer_state(*pair) for pair in zip(self.optimizers, states, strict=True)]
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": parts})
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_own_optimizer_state(optimizer, state)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -222,6 +229,16 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._reshard()
+        super().setup_optimizers(trainer)
+
+    def _reshard(self) -> None:
+        """Have parameters be what this rank has of them: gathered ones stay so after a forward pass."""
+        for stage in () if self._staged is None else self._staged.stages:
+            reshard(stage)
 
     @property
     def _module(self) -> LightningModule:
@@ -244,12 +261,13 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         if self._staged is None or self._staged.network is not network:
             layout = find_layout(network, self.precision_plugin.forward_context)
             self._staged = StagedNetwork(self.plan, layout, self.cut, self._pipeline_group)
+            spread_stages(self._staged, self.device_mesh)
         self._gradients = StageGradients(
             self._staged.parameters,
             self._staged.shared,
             self._staged.other_end,
             self._pipeline_group,
-            self.device_mesh["replicate"].get_group(),
+            self.device_mesh["replicate"].get_group() if self.degrees.shard == 1 else None,
         )
 
 
@@ -259,10 +277,11 @@ def _with_replicas(degrees: Degrees, world_size: int) -> Degrees:
     Raises:
         ValueError: The ranks do not make whole pipelines.
     """
-    size = degrees.pipeline * degrees.tensor
+    assert isinstance(degrees.shard, int)
+    size = degrees.pipeline * degrees.shard * degrees.tensor
     if world_size % size:
         raise ValueError(
-            f"{world_size} ranks are not a multiple of pipeline {degrees.pipeline} x tensor {degrees.tensor}: set "
-            "trainer.devices x trainer.num_nodes to one"
+            f"{world_size} ranks are not a multiple of pipeline {degrees.pipeline} x shard {degrees.shard} x tensor "
+            f"{degrees.tensor}: set trainer.devices x trainer.num_nodes to one"
         )
-    return Degrees(world_size // size, 1, degrees.tensor, degrees.pipeline).resolved(world_size)
+    return replace(degrees, replicate=world_size // size).resolved(world_size)

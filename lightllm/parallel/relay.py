@@ -38,16 +38,18 @@ def relay(
     waiting: dict[tuple[int, int], Tensor] = {}  # by stage and micro-batch: what need not go over the wire
     sent: list[tuple[Work | None, Tensor]] = []
     for stage in stages:
+        stage.microbatches = microbatches
         for number, batch in enumerate(microbatches):
-            received = None
+            received = batch["input_ids"]  # which the first stage looks up by itself
             if not stage.is_first:
-                received = waiting.pop((stage.index, number), None)
-                if received is None:
+                if (stage.index, number) in waiting:
+                    received = waiting.pop((stage.index, number))
+                else:
                     shape = (*batch["input_ids"].shape, width)
                     received = torch.empty(shape, dtype=dtype, device=batch["input_ids"].device)
                     source = plan.rank_of(stage.index - 1)
                     torch.distributed.recv(received, group=group, group_src=source)
-            output = stage.run(batch, received)
+            output = stage(received, torch.tensor([number]))
             if stage.is_last:
                 yield output, batch
             elif plan.rank_of(stage.index + 1) == me:

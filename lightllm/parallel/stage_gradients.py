@@ -22,7 +22,7 @@ class StageGradients:
         shared: Those of them that another stage has too, in the same order there.
         other: The rank within `pipeline` that has that stage.
         pipeline: The ranks of the pipeline.
-        data: The ranks that have the same stages and take other batches.
+        data: The ranks that have the same weights and take other batches; None if the mean over them is formed already.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class StageGradients:
         shared: Sequence[nn.Parameter],
         other: int,
         pipeline: ProcessGroup,
-        data: ProcessGroup,
+        data: ProcessGroup | None,
     ) -> None:
         self._parameters = list(parameters)
         self._shared = list(shared)
@@ -39,18 +39,30 @@ class StageGradients:
         self._pipeline = pipeline
         self._data = data
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
+        self._earlier: dict[nn.Parameter, Tensor] = {}
 
-    def begin_step(self) -> None:
-        """Forget the gradients of the optimizer step before."""
+    def begin(self, first: bool) -> None:
+        """Clear the gradients for a schedule; those of the same optimizer step are remembered.
+
+        Args:
+            first: Whether an optimizer step begins, so that what is there is of the one before.
+        """
+        if not first:
+            self._earlier = {one: one.grad for one in self._parameters if one.grad is not None}
         for parameter in self._parameters:
             parameter.grad = None
 
+    @torch.no_grad()
     def put_aside(self) -> None:
-        """Take the gradients off their parameters, until `give_back`."""
+        """Take what the schedule formed off the parameters, added to what was there before it, until `give_back`."""
         for parameter in self._parameters:
-            if parameter.grad is not None:
-                self._aside.append((parameter, parameter.grad))
-                parameter.grad = None
+            gradient, earlier = parameter.grad, self._earlier.pop(parameter, None)
+            if gradient is not None and earlier is not None:
+                gradient += earlier
+            gradient = earlier if gradient is None else gradient
+            if gradient is not None:
+                self._aside.append((parameter, gradient))
+            parameter.grad = None
 
     def give_back(self) -> None:
         """Hang the gradients on their parameters again."""
@@ -65,7 +77,7 @@ class StageGradients:
         Args:
             factor: The gradient of the loss by the sum, a scalar.
         """
-        num_data_ranks = torch.distributed.get_world_size(self._data)
+        num_data_ranks = 1 if self._data is None else torch.distributed.get_world_size(self._data)
         for parameter in self._parameters:
             if parameter.grad is not None:
                 _local(parameter.grad).mul_(factor / num_data_ranks)

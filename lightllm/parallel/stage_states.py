@@ -14,27 +14,31 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from lightllm.parallel.states import gathered, load_optimizer, load_weights
+
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """What of the module's state this rank has, by name."""
-    return {name: value for name, value in module.state_dict().items() if not is_elsewhere(value)}
+    """What of the module's state this rank has, by name; put together where ranks share it, so all must call it."""
+    own = {name: value for name, value in module.state_dict().items() if not is_elsewhere(value)}
+    whole: dict[str, Tensor] = gathered(own, keep=True)
+    return whole
 
 
 def own_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state of the weights that this rank has; its groups are of the whole network."""
+    """The optimizer's state of the weights that this rank has, likewise; its groups are of the whole network."""
     state = optimizer.state_dict()
-    return state | {"state": _of_own(optimizer, state["state"])}
+    return {**state, "state": gathered(_of_own(optimizer, state["state"]), keep=True)}
 
 
-def part_of_weights(module: nn.Module, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a state of all weights, what this rank has a place for, and what no rank has one for."""
+def load_own_weights(module: nn.Module, whole: Mapping[str, Any]) -> None:
+    """Load of a state of all weights what this rank has a place for."""
     elsewhere = {name for name, value in module.state_dict().items() if is_elsewhere(value)}
-    return {name: value for name, value in whole.items() if name not in elsewhere}
+    load_weights(module, {name: value for name, value in whole.items() if name not in elsewhere})
 
 
-def part_of_optimizer_state(optimizer: Optimizer, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an optimizer's state for all weights, what belongs to those that this rank has."""
-    return {**whole, "state": _of_own(optimizer, whole["state"])}
+def load_own_optimizer_state(optimizer: Optimizer, whole: Mapping[str, Any]) -> None:
+    """Load of an optimizer's state for all weights what belongs to those that this rank has."""
+    load_optimizer(optimizer, {**whole, "state": _of_own(optimizer, whole["state"])})
 
 
 def put_together(mine: dict[Any, Any], group: ProcessGroup) -> dict[Any, Any]:
@@ -56,12 +60,12 @@ def put_together(mine: dict[Any, Any], group: ProcessGroup) -> dict[Any, Any]:
 
 def is_elsewhere(value: object) -> bool:
     """Whether this is a weight that another stage has."""
-    return isinstance(value, Tensor) and value.is_meta
+    return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 def _of_own(optimizer: Optimizer, state: Mapping[Any, Any]) -> dict[Any, Any]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {index: state[index] for index, one in enumerate(parameters) if index in state and not one.is_meta}
+    return {index: state[index] for index, one in enumerate(parameters) if index in state and not is_elsewhere(one)}
 
 
 def _on_cpu(value: Any) -> Any:

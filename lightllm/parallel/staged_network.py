@@ -47,11 +47,9 @@ class StagedNetwork:
         check_composition(layout, stages)
         own = plan.stages_of(rank)
         ends = {plan.rank_of(0), plan.rank_of(plan.num_stages - 1)}
-        shared = shared_between(stages[0], stages[-1]) if rank in ends and len(ends) == 2 else []
-        self.shared = shared
-        """Parameters that one other rank has too: a head that is tied to the embedding."""
-        self.other_end = sum(ends) - rank if shared else rank
-        """The rank within the group that has them."""
+        self._shared = shared_between(stages[0], stages[-1], rank != plan.rank_of(0)) if rank in ends else []
+        self.other_end = sum(ends) - rank if len(ends) == 2 else rank
+        """Where this rank has an end of the pipeline, the rank of the other one."""
         drop_others(stages, own)
         self.stages = [stages[index] for index in own]
         self.has_last = self.stages[-1].is_last
@@ -64,6 +62,13 @@ class StagedNetwork:
     def network(self) -> nn.Module:
         """The network that was cut."""
         return self._layout.network
+
+    @property
+    def shared(self) -> list[nn.Parameter]:
+        """Parameters that one other rank has too, the one of the other end: a head that is tied to the embedding."""
+        if self.other_end == torch.distributed.get_rank(self.group):
+            return []
+        return [parameter for module, name in self._shared if (parameter := module._parameters[name]) is not None]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

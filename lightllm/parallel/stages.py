@@ -140,10 +140,21 @@ def drop_others(stages: Sequence[Stage], owned: Collection[int]) -> None:
                         kept.add(id(tensors[name]))
 
 
-def shared_between(first: Stage, last: Stage) -> list[nn.Parameter]:
-    """Parameters that belong to both: a head that is tied to the embedding."""
-    ids = {id(parameter) for parameter in first.parameters()}
-    return [parameter for parameter in last.parameters() if id(parameter) in ids]
+def shared_between(first: Stage, last: Stage, in_last: bool) -> list[tuple[nn.Module, str]]:
+    """Where the parameters are that both have, as a head that is tied to the embedding: modules, and names in them.
+
+    Args:
+        first: One stage.
+        last: The other.
+        in_last: Whether the places in `last` are wanted.
+    """
+    ids = {id(parameter) for parameter in (first if in_last else last).parameters()}
+    return [
+        (module, name)
+        for module in (last if in_last else first).modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in ids
+    ]
 
 
 class _PassedOver(nn.Module):

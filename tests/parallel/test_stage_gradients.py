@@ -17,9 +17,14 @@ def complete(frozen: bool) -> list[torch.Tensor | None]:
     shared.requires_grad_(not frozen)
     other = 1 - mesh.get_local_rank("pipeline")
     gradients = StageGradients([shared, own], [shared], other, mesh["pipeline"].get_group(), mesh["data"].get_group())
-    own.grad = torch.full((3,), 100.0)
-    gradients.begin_step()
-    own.grad = torch.full((3,), value)
+    own.grad = torch.full((3,), 100.0)  # of the step before
+    gradients.begin(first=True)
+    own.grad = torch.full((3,), value - 1)
+    gradients.put_aside()
+    gradients.give_back()
+    gradients.begin(first=False)
+    assert own.grad is None
+    own.grad = torch.ones(3)
     shared.grad = None if frozen or value == 1.0 else torch.full((2,), value)
     gradients.put_aside()
     assert own.grad is None

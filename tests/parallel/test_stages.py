@@ -88,8 +88,9 @@ def test_a_tied_head_stays_with_both_ends(make: type[nn.Module]) -> None:
     for index in (0, 1):
         network = make()
         stages = make_stages(find_layout(network), [1, 1])
-        (shared,) = shared_between(*stages)
-        assert shared is output_head(network).weight
+        ((module, name),) = shared_between(*stages, in_last=index == 1)
+        assert module in set(stages[index].modules())
+        assert module.get_parameter(name) is output_head(network).weight
         drop_others(stages, [index])
         assert not output_head(network).weight.is_meta
         assert output_head(network).weight is network.get_input_embeddings().weight  # type: ignore[operator]

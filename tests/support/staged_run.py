@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback
+from ranks import run_on_ranks
 from tiny_objective import MeasuredBatches, adamw, documents, scratch
 from tiny_run import tiny_trainer
 from torch import Tensor
@@ -17,7 +20,11 @@ from lightllm.batch import Document, TextBatch, pack_documents
 from lightllm.callbacks import Checkpoint
 from lightllm.models import Adapter
 from lightllm.modules import CausalPretraining, FineTuning, LanguageModule, Schedule
+from lightllm.parallel import PipelineParallelStrategy
 from lightllm.parallel.data_ranks import data_rank, num_data_ranks
+
+Reference = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+"""Makes a run of one process: what `train` returns, and its checkpoint."""
 
 STEPS = 10
 ACCUMULATE = 2
@@ -106,3 +113,29 @@ def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor], to
     for name, value in expected.items():
         difference = float((ours[name].double() - value.double()).abs().max())
         assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def fit(folder: Path, strategy: dict[str, Any], fields: dict[str, Any], batches: list[TextBatch], **run: Any) -> Any:
+    """A run on one of several ranks."""
+    run = {"strategy": PipelineParallelStrategy(**strategy), "devices": torch.distributed.get_world_size()} | run
+    return train(module(**fields), batches, folder, **run)
+
+
+def compare_with_one_process(
+    folder: Path, one_process: Reference, world_size: int, strategy: dict[str, Any], name: str = "full", **fields: Any
+) -> None:
+    """Train in a pipeline and in one process, on the same batches of every optimizer step."""
+    data_ranks = world_size // (strategy["pipeline"] * strategy.get("tensor", 1))
+    expected, whole = one_process(name, fields, data_ranks)
+    for rank in run_on_ranks(fit, world_size, folder, strategy, fields, global_batches(data_ranks), seconds=240):
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert rank["validation"] == pytest.approx(expected["validation"], rel=1e-5)
+    ours = read(folder)
+    assert_same_weights(ours["state_dict"], whole["state_dict"])
+    for mine, theirs in zip(ours["optimizer_states"], whole["optimizer_states"], strict=True):
+        assert mine["param_groups"] == theirs["param_groups"]
+        assert_same_weights(moments(mine), moments(theirs))
+
+
+def moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{index} {key}": value for index, of in state["state"].items() for key, value in of.items()}
