@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import copy
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from lightllm.compression.schemes import SchemeName, make_scheme
 from lightllm.export import GGUFType, write_gguf
 from lightllm.export.compare import outputs
 from lightllm.export.gguf_tensors import Stored, blocks, fitting, interleaved, is_exact, type_of
-from lightllm.generate import Decoding, generate
 from lightllm.models.load import load_tokenizer, resolve_checkpoint
 
 if importlib.util.find_spec("gguf") is None:
@@ -141,6 +140,18 @@ def test_llama_cpp_answers_as_the_fake_quantized_network_does(name: SchemeName, 
     llama = Llama(str(tmp_path / "net.gguf"), n_ctx=256, verbose=False)
     for question in ("What is the capital of France?", "Name three colours.", "What does print do in Python?"):
         chat = [{"role": "user", "content": question}]
-        expected = generate(network, tokenizer, [copy.deepcopy(chat)], Decoding(max_new_tokens=16))[0]
-        answer = llama.create_chat_completion(messages=chat, temperature=0.0, max_tokens=16)
-        assert answer["choices"][0]["message"]["content"] == expected
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer = list(itertools.islice(llama.generate(prompt, temp=0.0), 16))
+        assert most_regret(network, prompt, answer) < 0.5
+
+
+def most_regret(network: nn.Module, prompt: list[int], answer: list[int]) -> float:
+    """How far the network's logit of any of the answer's tokens is below that of its own choice.
+
+    SmolLM2's first choice is sometimes by a tenth of a logit only, which sums in another order turn over: two programs
+    with the same numbers need not say the same words, but neither says what the other finds unlikely.
+    """
+    with torch.no_grad():
+        logits = network(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    return float((logits.amax(1) - chosen).max())
