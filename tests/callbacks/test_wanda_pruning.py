@@ -5,10 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_run import text_data
 from pruning_run import ADAPTERS, AtTheFirstBatch, by_full_passes, dense, pruned
-from tiny_objective import Batches
-from tiny_run import tiny_trainer
 from torch import Tensor
 
 from lightllm.callbacks import WandaPruning
@@ -65,24 +62,6 @@ def test_what_is_pruned_stays_pruned(tmp_path: Path, adapter: str) -> None:
     for before, after in zip(watch.keeps, watch.keeps[1:], strict=False):
         assert all(not (after[name] & ~before[name]).any() for name in after)
     assert all(sparsity_of(keep) == pytest.approx(0.6, abs=0.02) for keep in watch.keeps[-1].values())
-
-
-def test_another_seed_calibrates_on_other_documents(tmp_path: Path) -> None:
-    watches = [AtTheFirstBatch(), AtTheFirstBatch(), AtTheFirstBatch()]
-    for watch, seed in zip(watches, (0, 0, 1), strict=True):
-        pruned(tmp_path, [WandaPruning(0.5, num_documents=3, seed=seed), watch])
-    name = "model.layers.1.mlp.down_proj"
-    assert torch.equal(watches[0].weights[name], watches[1].weights[name])
-    assert not torch.equal(watches[0].weights[name], watches[2].weights[name])
-
-
-def test_data_that_cannot_be_drawn_from_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gives no documents to calibrate on"):
-        tiny_trainer(tmp_path, [WandaPruning(0.5)]).fit(dense(), datamodule=Batches([]))
-    with pytest.raises(ValueError, match="these are a stream"):
-        tiny_trainer(tmp_path, [WandaPruning(0.5)], max_steps=2).fit(
-            dense(), datamodule=text_data(tmp_path, reading={"streaming": True})
-        )
 
 
 def test_layers_outside_are_dense(tmp_path: Path) -> None:
