@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightllm.generate import Decoding, Message, generate
 from lightllm.models.inference import inference
+from lightllm.parallel.spreading import as_in_a_step
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -56,10 +57,11 @@ class BeforeAndAfter(Callback):
     def _observe(self, trainer: Trainer, module: LanguageModule) -> dict[str, Any]:
         """The validation metrics and an answer to each prompt."""
         answers: list[str] = []
-        if self.prompts:
-            assert module.tokenizer is not None, "prompts need a tokenizer"
-            answers = generate(module.built_network, module.tokenizer, self.prompts, self.decoding)
-        return {"metrics": _measured(trainer, module), "answers": answers}
+        with as_in_a_step(module):
+            if self.prompts:
+                assert module.tokenizer is not None, "prompts need a tokenizer"
+                answers = generate(module.built_network, module.tokenizer, self.prompts, self.decoding)
+            return {"metrics": _measured(trainer, module), "answers": answers}
 
     @rank_zero_only
     def _report(self, trainer: Trainer, before: dict[str, Any], after: dict[str, Any]) -> None:

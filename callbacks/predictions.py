@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
 from lightllm.generate import Decoding, generate
+from lightllm.parallel.spreading import SpreadsWeights
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -36,6 +37,14 @@ class Predictions(Callback):
         self.decoding = decoding or Decoding()
         self._losses: dict[int, DocumentLoss] = {}
         self._generations: dict[int, dict[str, str]] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict" and self.what == "generations" and isinstance(trainer.strategy, SpreadsWeights):
+            raise ValueError(
+                f"generations differ in length from rank to rank, and under {type(trainer.strategy).__name__} ranks "
+                "work in step: set trainer.strategy to ddp or auto"
+            )
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightllm.generate import Decoding, Message, generate
+from lightllm.parallel.spreading import as_in_a_step
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -43,7 +44,8 @@ class SampleGenerations(Callback):
             return
         if pl_module.tokenizer is None:
             raise ValueError("SampleGenerations needs a tokenizer, and neither the data nor the network has one")
-        completions = generate(pl_module.built_network, pl_module.tokenizer, self.prompts, self.decoding)
+        with as_in_a_step(pl_module):
+            completions = generate(pl_module.built_network, pl_module.tokenizer, self.prompts, self.decoding)
         if not trainer.is_global_zero:
             return
         shown = [_text(prompt) for prompt in self.prompts]

@@ -13,7 +13,7 @@ from command_line import lightllm, save_small_network, settle_in
 from lightllm.cli import main
 from lightllm.cli.configs import CONFIGS, config_names
 
-OVERLAYS = [name for name in config_names() if name.split("/")[0] in ("callbacks", "trainer")]
+OVERLAYS = [name for name in config_names() if name.split("/")[0] in ("callbacks", "parallel", "trainer")]
 RECIPES = [name for name in config_names() if name not in OVERLAYS]
 
 FEW_ROWS = ["--data.reading.limit", "30", "--data.reading.val_fraction", "0.1", "--trainer.fast_dev_run", "2"]
@@ -100,6 +100,9 @@ def test_an_overlay_composes_with_a_recipe(name: str, capsys: pytest.CaptureFixt
         if field.endswith("+"):
             added = both["trainer"][field[:-1]][len(base["trainer"][field[:-1]]) :]
             assert [one["class_path"] for one in added] == [one["class_path"] for one in value]
+        elif isinstance(value, dict):
+            assert both["trainer"][field]["class_path"] == value["class_path"]
+            assert value.get("init_args", {}).items() <= both["trainer"][field]["init_args"].items()
         else:
             assert both["trainer"][field] == value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import sysconfig
@@ -35,6 +36,8 @@ def refusal(error: BaseException) -> str | None:
 
     A refusal may have come up in a worker process, or have been wrapped by the parser that was making a part.
     """
+    if _LOST.search(str(error)) and "torch" in _packages(error):
+        return _lost_rank(error)
     if _raised_in(error) == "jsonargparse" and error.__cause__ is not None:
         return refusal(error.__cause__)
     if _is_misconfiguration(error):
@@ -47,6 +50,28 @@ def refusal(error: BaseException) -> str | None:
     if isinstance(error, ValueError):
         return str(error) if _is_own(files[-1]) or "lightning" in files[-1].parts else None
     return str(error) if type(error).__module__.startswith("lightllm.") else None
+
+
+_LOST = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Broken pipe|Connection refused|Socket closed"
+    r"|onnection was likely closed|remote process exited|ncclRemoteError|Timed out waiting \d+ms"
+)
+"""What gloo, NCCL and torch's store say when the process at the other end is gone."""
+
+
+def _lost_rank(error: BaseException) -> str:
+    """What to say when another process of the run has ended, whatever ended it."""
+    environment = f"rank {os.environ['RANK']}" if "RANK" in os.environ else "this rank"
+    return (
+        f"{environment} stops, because another rank of the run has ended or cannot be reached. What that one said is "
+        "before this; nothing, if it was killed (for its memory, perhaps). The last checkpoint is whole: go on with "
+        f"lightllm fit --resume RUN ({str(error).splitlines()[0]})"
+    )
+
+
+def _packages(error: BaseException) -> set[str]:
+    """The names of the folders through which an error went."""
+    return {part for file in _files(error) for part in file.parts}
 
 
 _WORKER = re.compile(r"Caught \w+ in \w+ worker process \d+\.\nOriginal (Traceback .*)", re.DOTALL)

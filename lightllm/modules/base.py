@@ -251,10 +251,10 @@ class LanguageModule(LightningModule, ABC):
         return self.get_buffer("_bytes_per_token")
 
     def _log_metrics(self, split: str) -> None:
-        values = self.metrics.compute()  # synchronised over ranks by torchmetrics
+        values = self.metrics.compute()  # over all ranks, by torchmetrics: their largest is what each of them has
         self.metrics.reset()
         for name, value in values.items():
-            self.log(f"{split}/{name}", value, prog_bar=name == "loss", rank_zero_only=False)
+            self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True, reduce_fx="max")
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

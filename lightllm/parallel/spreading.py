@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightllm.models.adapters import Adapter
 from lightllm.models.transformation import Transformation
@@ -28,19 +29,18 @@ class SpreadsWeights(ABC):
         """Scale the gradients so that their 2-norm, over all ranks together, is at most `largest_norm`."""
 
 
-def require_whole_network(strategy: Strategy, name: str, why: str) -> None:
-    """Refuse a part that uses the network beside the training steps, where no rank has it whole.
+@contextmanager
+def as_in_a_step(module: nn.Module) -> Iterator[None]:
+    """Within it, a network can be used as within a training step, though its weights are sharded.
 
-    Args:
-        strategy: The trainer's.
-        name: The part's.
-        why: What it does with the network, to follow its name.
-
-    Raises:
-        ValueError: The strategy spreads the weights.
+    Every rank must enter it and call the network's blocks equally often: they are gathered when they run.
     """
-    if isinstance(strategy, SpreadsWeights):
-        raise ValueError(
-            f"{name} {why}, and under {type(strategy).__name__} no rank has all of it: leave {name} out, or train "
-            "with strategy ddp"
-        )
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module._get_fsdp_state()._lazy_init()  # or the first block that runs would take itself for the outermost module
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
