@@ -31,6 +31,7 @@ SMALLER = {
     ],
     "compress/all_together.yaml": ["--trainer.callbacks.group_size", "16"],
     "compress/qat_int4.yaml": ["--trainer.callbacks.group_size", "16"],
+    "compress/qat_int4_full.yaml": ["--trainer.callbacks.group_size", "16"],
     "distill/cached.yaml": ["--model.network.step", "2"],
     "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],
     "distill/smollm2_third.yaml": ["--model.network.step", "2"],
