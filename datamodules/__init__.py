@@ -2,6 +2,8 @@
 
 from lightllm.datamodules.base import DocumentData
 from lightllm.datamodules.chat import ChatData
+from lightllm.datamodules.classification import ClassificationData
+from lightllm.datamodules.episodes import EpisodeData
 from lightllm.datamodules.pairs import PairData
 from lightllm.datamodules.plan import Batches
 from lightllm.datamodules.preference import PreferenceData
@@ -16,7 +18,9 @@ __all__ = [
     "BadRow",
     "Batches",
     "ChatData",
+    "ClassificationData",
     "DocumentData",
+    "EpisodeData",
     "Origin",
     "PairData",
     "PreferenceData",

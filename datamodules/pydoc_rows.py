@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ QUESTIONS = (
     "What is `{}` for?",
 )
 """The questions; which of them an object gets depends on its name alone."""
+
+
+FEWEST = 20
+"""Docstrings that a module has at least to be a class."""
 
 
 @cache
@@ -35,9 +40,6 @@ def chat_rows() -> list[dict[str, Any]]:
     Raises:
         subprocess.CalledProcessError: This Python could not list its library.
     """
-    walk = Path(__file__).with_name("pydoc_walk.py")
-    # A bare interpreter (-I -S), because imported libraries patch the one that they are in.
-    listing = subprocess.run([sys.executable, "-I", "-S", str(walk)], stdout=subprocess.PIPE, check=True).stdout  # noqa: S603
     return [
         {
             "messages": [
@@ -45,7 +47,7 @@ def chat_rows() -> list[dict[str, Any]]:
                 {"role": "assistant", "content": entry["docstring"]},
             ]
         }
-        for entry in json.loads(listing)
+        for entry in _documented()
     ]
 
 
@@ -64,12 +66,40 @@ def preference_rows() -> list[dict[str, Any]]:
     return rows
 
 
+@cache
+def class_rows() -> list[dict[str, Any]]:
+    """Docstrings and the top-level modules that they are from, of modules that have 20 or more: `{"text", "label"}`.
+
+    Raises:
+        subprocess.CalledProcessError: This Python could not list its library.
+    """
+    from lightllm.datamodules.pydoc_walk import MODULES
+
+    modules = {name.split(".")[0] for name in MODULES.split()}
+    tops = [entry["name"].split(".")[0] for entry in _documented()]
+    labels = [top if top in modules else "builtins" for top in tops]
+    counts = Counter(labels)
+    rows = zip(_documented(), labels, strict=True)
+    return [{"text": entry["docstring"], "label": label} for entry, label in rows if counts[label] >= FEWEST]
+
+
 PYDOC_SOURCES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pydoc-chat": chat_rows,
+    "pydoc-classes": class_rows,
     "pydoc-preference": preference_rows,
     "pydoc-topics": topic_rows,
 }
 """The built-in sources by name: they need no file and no network."""
+
+
+@cache
+def _documented() -> list[dict[str, str]]:
+    """Each public object with its name, signature and docstring, as the walk lists them."""
+    walk = Path(__file__).with_name("pydoc_walk.py")
+    # A bare interpreter (-I -S), because imported libraries patch the one that they are in.
+    listing = subprocess.run([sys.executable, "-I", "-S", str(walk)], stdout=subprocess.PIPE, check=True).stdout  # noqa: S603
+    entries: list[dict[str, str]] = json.loads(listing)
+    return entries
 
 
 def _question(name: str) -> str:

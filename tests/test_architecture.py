@@ -90,6 +90,7 @@ SHARED_WITHIN: dict[str, tuple[str, ...]] = {
         "modules.build",
         "modules.cached_teacher",
         "modules.checkpointing",
+        "modules.class_metrics",
         "modules.embedding_metrics",
         "modules.gathering",
         "modules.heap",

@@ -21,6 +21,7 @@ SMALL_BERT = [
     "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4}",
     "--data.tokenizer.vocab_size=300",
 ]
+FEW_SHOTS = ["--data.shots", "2", "--data.val_rows", "20"]
 SMALLER = {
     "compress/small_from_scratch.yaml": [
         "--model.network.fields={hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
@@ -35,6 +36,10 @@ SMALLER = {
     "distill/cached.yaml": ["--model.network.step", "2"],
     "distill/on_policy.yaml": ["--model.network.step", "2", "--model.on_policy.max_new_tokens", "8"],
     "distill/smollm2_third.yaml": ["--model.network.step", "2"],
+    "fewshot/classification.yaml": [*FEW_SHOTS, "--model.adapter.targets=[q_proj, v_proj]"],
+    "fewshot/episodes.yaml": ["--data.episodes", "4", "--data.measured_episodes", "2"],
+    "fewshot/linear_probe.yaml": FEW_SHOTS,
+    "fewshot/prototypes.yaml": FEW_SHOTS,
     "finetune/frozen.yaml": ["--model.adapter.num_blocks", "1"],
     "pretrain/contrastive.yaml": ["--model.loss.widths=[32, 8]"],
     "pretrain/masked.yaml": SMALL_BERT,

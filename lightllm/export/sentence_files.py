@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightllm.models.anatomy import max_positions, transformers_network
-from lightllm.models.pooling import remembered_pooling
+from lightllm.models.anatomy import max_positions
+from lightllm.models.pooling import embedding_width, remembered_pooling
 
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 """The names of poolings in a pooling's configuration."""
@@ -45,7 +45,7 @@ def write_sentence_files(network: nn.Module, tokenizer: PreTrainedTokenizerBase,
     _write(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
     _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
     modes = {f"pooling_mode_{name}": name == _MODES[pooling] for name in (*_MODES.values(), *_OTHER_MODES)}
-    width = transformers_network(network).config.get_text_config().hidden_size
+    width = embedding_width(network)
     _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes, "include_prompt": True})
     (folder / "2_Normalize").mkdir()
 

@@ -1,6 +1,6 @@
 """Networks: where they come from, how they are adapted, and how they are built inside."""
 
-from lightllm.models.adapters import Adapter, DoRA, Frozen, Full, LoRA, Prefix, PromptTuning, QLoRA, RsLoRA
+from lightllm.models.adapters import Adapter, DoRA, Frozen, Full, LinearProbe, LoRA, Prefix, PromptTuning, QLoRA, RsLoRA
 from lightllm.models.from_config import FromConfig
 from lightllm.models.from_module import FromModule
 from lightllm.models.layer_subset import EveryNthLayer
@@ -18,6 +18,7 @@ __all__ = [
     "FromModule",
     "Frozen",
     "Full",
+    "LinearProbe",
     "LoRA",
     "Network",
     "Prefix",

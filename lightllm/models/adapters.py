@@ -87,6 +87,14 @@ class Frozen(Adapter):
         return network
 
 
+class LinearProbe(Adapter):
+    """Nothing of the network trains, only what an objective puts on top of it: a classifier, say."""
+
+    @override
+    def attach(self, network: nn.Module) -> nn.Module:
+        return network.requires_grad_(False)
+
+
 class _LowRank(Adapter):
     """What LoRA and its variants share: `W + scale * B @ A`, `A` `[rank, in]`, `B` `[out, rank]` (arXiv:2106.09685).
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightllm.batch import PADDING_DOCUMENT, TextBatch
-from lightllm.models.anatomy import transformers_network
-from lightllm.models.encoder_states import encoder_states
-from lightllm.models.hidden_states import hidden_states
+from lightllm.models.anatomy import decoder, learns_a_prompt, transformers_network
+from lightllm.models.encoder_states import check_encoder, encoder_states, is_encoder
+from lightllm.models.hidden_states import check_packing, hidden_states
 
 Pooling = Literal["mean", "cls", "last"]
 """Of all tokens of a text, of its first, or of its last one."""
@@ -39,6 +39,39 @@ def embeddings(network: nn.Module, batch: TextBatch, pooling: Pooling, bidirecti
     """
     states = encoder_states(network, batch) if bidirectional else hidden_states(network, batch)
     return pool(states, batch, pooling)
+
+
+def prepare_to_embed(network: nn.Module, packed: bool) -> bool:
+    """Refuse a network that cannot embed texts, and freeze what takes no part in it.
+
+    Args:
+        network: A transformers network, or one that peft adapted.
+        packed: Whether rows hold several texts.
+
+    Returns:
+        Whether it is an encoder: see `embeddings`.
+
+    Raises:
+        ValueError: It has a learned prompt, or texts of a row would see each other.
+    """
+    if learns_a_prompt(network):
+        raise ValueError("a learned prompt is for a network that predicts tokens: take LoRA or Full")
+    bidirectional = is_encoder(network)
+    if bidirectional:
+        check_encoder(network, packed)
+    elif packed:
+        check_packing(network)
+    unused = getattr(decoder(network), "pooler", None)  # BERT's own, which is for another task
+    if isinstance(unused, nn.Module):
+        unused.requires_grad_(False)
+    return bidirectional
+
+
+def embedding_width(network: nn.Module) -> int:
+    """How many numbers an embedding has."""
+    width = transformers_network(network).config.get_text_config().hidden_size
+    assert isinstance(width, int)
+    return width
 
 
 def pool(states: Tensor, batch: TextBatch, pooling: Pooling) -> Embeddings:

@@ -4,12 +4,14 @@ from lightllm.masking import Masking
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import TeacherCache
 from lightllm.modules.causal import CausalPretraining, FineTuning
+from lightllm.modules.classification import SequenceClassification
 from lightllm.modules.contrastive import ContrastivePretraining, InfoNCE
 from lightllm.modules.distillation import Distillation
 from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, RelationLoss
 from lightllm.modules.masked import MaskedPretraining
 from lightllm.modules.on_policy import OnPolicy
 from lightllm.modules.preference import PreferenceTuning
+from lightllm.modules.prototypes import PrototypicalNetwork
 from lightllm.modules.schedule import Schedule
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "Masking",
     "OnPolicy",
     "PreferenceTuning",
+    "PrototypicalNetwork",
     "RelationLoss",
     "Schedule",
+    "SequenceClassification",
     "TeacherCache",
 ]

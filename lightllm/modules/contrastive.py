@@ -14,11 +14,8 @@ from typing_extensions import override
 from lightllm.batch import TextBatch
 from lightllm.losses import matryoshka_info_nce
 from lightllm.models.adapters import Adapter
-from lightllm.models.anatomy import decoder, learns_a_prompt, transformers_network
-from lightllm.models.encoder_states import check_encoder, is_encoder
-from lightllm.models.hidden_states import check_packing
 from lightllm.models.network import Network, Task
-from lightllm.models.pooling import Embeddings, Pooling, embeddings, remember_pooling
+from lightllm.models.pooling import Embeddings, Pooling, embedding_width, embeddings, prepare_to_embed, remember_pooling
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.embedding_metrics import EmbeddingMetrics
 from lightllm.modules.gathering import gather_rows
@@ -122,21 +119,10 @@ class ContrastivePretraining(LanguageModule):
             return
         super().configure_model()
         network = self.built_network
-        if learns_a_prompt(network):
-            raise ValueError("a learned prompt is for a network that predicts tokens: take LoRA or Full")
-        self._bidirectional = is_encoder(network)
-        if self._bidirectional:
-            check_encoder(network, self._rows_are_packed())
-        elif self._rows_are_packed():
-            check_packing(network)
-        config = transformers_network(network).config.get_text_config()
-        if self.loss.widths and max(self.loss.widths) > config.hidden_size:
-            raise ValueError(
-                f"loss.widths are {self.loss.widths}, but embeddings of this network have {config.hidden_size} numbers"
-            )
-        unused = getattr(decoder(network), "pooler", None)  # BERT's own, which is for another task
-        if isinstance(unused, torch.nn.Module):
-            unused.requires_grad_(False)
+        self._bidirectional = prepare_to_embed(network, self._rows_are_packed())
+        width = embedding_width(network)
+        if self.loss.widths and max(self.loss.widths) > width:
+            raise ValueError(f"loss.widths are {self.loss.widths}, but embeddings of this network have {width} numbers")
         remember_pooling(network, self.pooling, self.text_length)
 
     @override

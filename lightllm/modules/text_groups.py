@@ -54,6 +54,32 @@ def text_groups(batch: TextBatch) -> TextGroups:
     return TextGroups(size, torch.zeros_like(ids).index_add(0, index, mixed), levels)
 
 
+def classes_of_texts(batch: TextBatch) -> Tensor:
+    """The one label of each document, in the order of their ids, int64 `[documents]`; `IGNORE_INDEX` where none is.
+
+    Raises:
+        ValueError: A document has several labels, which are those of its tokens.
+    """
+    inside = batch["document_ids"] != PADDING_DOCUMENT
+    labels = batch["labels"][inside]
+    ids, index = batch["document_ids"][inside].unique(return_inverse=True)
+    given = labels != IGNORE_INDEX
+    if len(index[given].unique()) != int(given.sum()):
+        raise ValueError("the documents have a label a token, and one a text is needed: use ClassificationData")
+    return torch.full_like(ids, IGNORE_INDEX).scatter(0, index[given], labels[given])
+
+
+def at_labels(log_probabilities: Tensor, batch: TextBatch) -> Tensor:
+    """Log probabilities `[documents, classes]` of documents' labels, where those are, `[batch, seq]`."""
+    classes = classes_of_texts(batch)
+    chosen = log_probabilities.gather(1, classes.clamp(min=0)[:, None])[:, 0]
+    ids = batch["document_ids"][batch["document_ids"] >= 0].unique()
+    found = torch.zeros(batch["labels"].shape, dtype=chosen.dtype, device=chosen.device)
+    given = batch["labels"] != IGNORE_INDEX
+    found[given] = chosen[torch.searchsorted(ids, batch["document_ids"][given])]
+    return found
+
+
 def rows_by(batch: TextBatch, count: int) -> Iterator[TextBatch]:
     """The batch a few rows at a time, each part no wider than its documents are."""
     for begin in range(0, len(batch["input_ids"]), count):

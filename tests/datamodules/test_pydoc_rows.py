@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from lightllm.datamodules import pydoc_rows
-from lightllm.datamodules.pydoc_rows import PYDOC_SOURCES, QUESTIONS, chat_rows, topic_rows
+from lightllm.datamodules.pydoc_rows import PYDOC_SOURCES, QUESTIONS, chat_rows, class_rows, topic_rows
 
 
 def test_questions_are_answered_by_docstrings() -> None:
@@ -28,6 +28,16 @@ def test_topics_are_prose() -> None:
     assert sum(len(row["text"]) for row in rows) > 400_000
     assert any(row["topic"] == "lambda" for row in rows)
     assert {"pydoc-chat", "pydoc-topics"} <= set(PYDOC_SOURCES)
+
+
+def test_classes_are_modules_with_many_docstrings() -> None:
+    rows = class_rows()
+    labels = [row["label"] for row in rows]
+    assert {"builtins", "asyncio", "os", "decimal"} <= set(labels)
+    assert min(labels.count(label) for label in set(labels)) >= 20
+    assert len({row["text"] for row in rows}) == len(rows) > 1000
+    texts = {row["text"]: row["label"] for row in rows}
+    assert texts["Greatest Common Divisor."] == "math"
 
 
 def test_rows_are_the_same_in_every_process() -> None:

@@ -4,13 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_architectures import tiny_architecture
 from tiny_encoders import tiny_encoder, token_documents
 from tiny_networks import tiny_llama
 from torch import nn
 
 from lightllm.batch import TextBatch, pack_documents, pad_documents
 from lightllm.models.anatomy import decoder
-from lightllm.models.pooling import embeddings, pool, remember_pooling, remembered_pooling
+from lightllm.models.pooling import (
+    embedding_width,
+    embeddings,
+    pool,
+    prepare_to_embed,
+    remember_pooling,
+    remembered_pooling,
+)
 
 PLAIN: dict[str, Any] = {
     "mean": lambda states: states.mean(0),
@@ -63,3 +71,14 @@ def test_how_a_network_pools_is_in_its_configuration(tmp_path: Any) -> None:
     remember_pooling(network, "cls", 128)
     network.save_pretrained(tmp_path)
     assert remembered_pooling(type(network).from_pretrained(tmp_path)) == ("cls", 128)
+
+
+def test_networks_are_prepared_to_embed() -> None:
+    bert = tiny_encoder(task="encoder")
+    assert prepare_to_embed(bert, packed=True)
+    assert not any(parameter.requires_grad for parameter in bert.pooler.parameters())
+    assert all(parameter.requires_grad for parameter in bert.encoder.parameters())
+    assert not prepare_to_embed(tiny_llama(97).model, packed=True)
+    assert embedding_width(bert) == 32
+    with pytest.raises(ValueError, match=r"set data\.batches\.mode to sorted"):
+        prepare_to_embed(tiny_architecture("bloom").transformer, packed=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightllm.batch import IGNORE_INDEX, Document, pack_documents, pad_documents
-from lightllm.modules.text_groups import rows_by, text_groups
+from lightllm.modules.text_groups import at_labels, classes_of_texts, rows_by, text_groups
 
 
 def text(ids: list[int], label: int, document_id: int) -> Document:
@@ -65,3 +65,16 @@ def test_rows_by_count_hold_the_same_documents_without_their_padding() -> None:
         for index, part in enumerate(parts):
             rows = batch[name][3 * index : 3 * index + 3]  # type: ignore[literal-required]
             assert torch.equal(part[name], rows[:, : part[name].shape[1]])  # type: ignore[literal-required]
+
+
+def test_classes_of_texts_are_their_one_label() -> None:
+    made = [text([7, 8], 2, 3), Document([9, 9], [False, False], 4), text([7], 0, 9)]
+    for batch in (pad_documents(made[::-1]), pack_documents([made])):
+        assert classes_of_texts(batch).tolist() == [2, IGNORE_INDEX, 0]
+        scores = torch.tensor([[0.1, 0.2, 0.3], [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        found = at_labels(scores, batch)
+        given = batch["labels"] != IGNORE_INDEX
+        assert sorted(found[given].tolist()) == pytest.approx([0.3, 4.0])
+        assert not found[~given].any()
+    with pytest.raises(ValueError, match="use ClassificationData"):
+        classes_of_texts(pad_documents([Document([5, 6, 7], [True] * 3, 0)]))
