@@ -71,13 +71,17 @@ class ExportBest(Callback):
         self._best = cost
         if not trainer.is_global_zero:
             return
-        from lightllm.export import export  # with peft, a second, that `lightllm fit --help` has no need of
+        from lightllm.export import (  # with peft, a second, that `lightllm fit --help` has no need of
+            classifier_of,
+            export,
+        )
 
         if pl_module.tokenizer is None:
             raise ValueError("ExportBest needs a tokenizer, and neither the data nor the network has one")
         folder = Path(trainer.default_root_dir) / "export"
         with torch.random.fork_rng():
-            export(pl_module.built_network, pl_module.tokenizer, folder, layout=self.layout)
+            classifier = classifier_of(pl_module)
+            export(pl_module.built_network, pl_module.tokenizer, folder, layout=self.layout, classifier=classifier)
         rank_zero_info(
             f"step {trainer.global_step}: {self.monitor} {value:.4g} is the best so far, exported to {folder}"
         )

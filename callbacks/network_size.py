@@ -29,6 +29,8 @@ def describe(network: nn.Module) -> str:
     how_many = "all of them train" if trained == total else f"{shortened(trained)} of them train"
     frozen_types = _types([parameter for parameter in parameters if not parameter.requires_grad])
     types = _types([parameter for parameter in parameters if parameter.requires_grad])
+    if not types:
+        return f"{shortened(total)} parameters, none of them trains, {frozen_types}"
     if frozen_types and frozen_types != types:
         types = f"{types} on frozen {frozen_types}"
     return f"{shortened(total)} parameters, {how_many}, {types}"

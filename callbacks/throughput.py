@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, TextBatch
 from lightllm.flops import StepFlops, attention_width, peak_flops, step_flops
-from lightllm.models.anatomy import output_head, unwrapped
+from lightllm.models.anatomy import output_head, output_layer, unwrapped
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -169,7 +169,9 @@ def _wait_for_device(device: torch.device) -> None:
 def _step_flops(network: nn.Module) -> StepFlops:
     base = unwrapped(network)
     width = attention_width(base.config) if isinstance(base, PreTrainedModel) else 0
-    return step_flops(network, output_head(network).weight, width)
+    # A network that ends in hidden states has a head of no weights.
+    head = torch.zeros(0, 0) if output_layer(network) is None else output_head(network).weight
+    return step_flops(network, head, width)
 
 
 def _compute_dtype(trainer: Trainer, network: nn.Module) -> torch.dtype:

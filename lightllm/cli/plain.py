@@ -115,8 +115,8 @@ def export(
     import torch
 
     from lightllm.cli.rebuild import load
+    from lightllm.export import classifier_of, write_gguf
     from lightllm.export import export as write
-    from lightllm.export import write_gguf
 
     run = RunFolder(model)
     if to is None and not run.exists:
@@ -134,6 +134,7 @@ def export(
             layout=format,
             dtype=getattr(torch, dtype) if dtype else None,
             base_model=loaded.base,
+            classifier=None if loaded.module is None else classifier_of(loaded.module),
         )
     print(report.describe())
     if run.exists:

@@ -26,6 +26,8 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     base: str | None
     """What the network was made from, if that has a name."""
+    module: LanguageModule | None = None
+    """Of a run: the objective that trained it."""
 
 
 def load(model: str, checkpoint: str = "best") -> Loaded:
@@ -46,7 +48,7 @@ def load(model: str, checkpoint: str = "best") -> Loaded:
         module = rebuild(run, read_entry(file, "transformations", {}))
         restore(module, file)
         assert module.tokenizer is not None
-        return Loaded(module.built_network.eval(), module.tokenizer, module.tokenizer_source)
+        return Loaded(module.built_network.eval(), module.tokenizer, module.tokenizer_source, module)
     from lightllm.export.factored import has_our_code
     from lightllm.models import BuildRequest, Pretrained, load_tokenizer
 

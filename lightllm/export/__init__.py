@@ -4,6 +4,16 @@ from lightllm.export.gguf import write_gguf
 from lightllm.export.gguf_tensors import GGUF_TYPES, GGUFType
 from lightllm.export.merge import merged_network
 from lightllm.export.report import ExportReport
+from lightllm.export.sentence_files import classifier_of
 from lightllm.export.write import Layout, export
 
-__all__ = ["GGUF_TYPES", "ExportReport", "GGUFType", "Layout", "export", "merged_network", "write_gguf"]
+__all__ = [
+    "GGUF_TYPES",
+    "ExportReport",
+    "GGUFType",
+    "Layout",
+    "classifier_of",
+    "export",
+    "merged_network",
+    "write_gguf",
+]

@@ -32,6 +32,7 @@ from lightllm.export.sentence_files import write_sentence_files
 from lightllm.export.sparsity import sparsity_report
 from lightllm.models.anatomy import transformers_network
 from lightllm.models.inference import network_device
+from lightllm.models.pooling import TextClassifier
 from lightllm.models.progress import no_progress_bars
 from lightllm.models.stop_tokens import stop_token_ids
 
@@ -46,6 +47,7 @@ def export(
     layout: Layout = "merged",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
+    classifier: TextClassifier | None = None,
 ) -> ExportReport:
     """Write a network with its tokenizer, read it back, and compare.
 
@@ -63,6 +65,7 @@ def export(
         layout: `merged`, `adapter`, `factored` or `torchao`.
         dtype: Of all but an adapter, which keeps its own; see `merged_network` for the default.
         base_model: What an adapter's configuration names as its base; by default what the base was loaded from.
+        classifier: Of a network that embeds texts: what it classifies them by, see `classifier_of`.
 
     Raises:
         ValueError: The layout does not fit the network, `folder` is something else than an earlier export, or what was
@@ -80,7 +83,7 @@ def export(
             written = _write_adapter(network, unfinished, base_model)
         tokenizer.save_pretrained(unfinished)
         if layout != "adapter":
-            write_sentence_files(network, tokenizer, unfinished)
+            write_sentence_files(network, tokenizer, unfinished, classifier)
         num_bytes = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
         report = ExportReport(path, layout, written.dtype, num_bytes, *written[1:], sparsity_report(network))
         report.write(unfinished)

@@ -28,6 +28,19 @@ class Embeddings(NamedTuple):
     """Their ids, int64 `[documents]`, rising."""
 
 
+class TextClassifier(NamedTuple):
+    """Classes by a matrix on embeddings."""
+
+    weight: Tensor
+    """`[classes, hidden]`."""
+    bias: Tensor
+    """`[classes]`."""
+    classes: list[str]
+    """Their names."""
+    normalized: bool
+    """Whether the embeddings are taken at length 1."""
+
+
 def embeddings(network: nn.Module, batch: TextBatch, pooling: Pooling, bidirectional: bool) -> Embeddings:
     """Embed each document of a batch.
 

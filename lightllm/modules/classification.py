@@ -13,7 +13,14 @@ from typing_extensions import override
 from lightllm.batch import IGNORE_INDEX, TextBatch
 from lightllm.models.adapters import Adapter
 from lightllm.models.network import Network, Task
-from lightllm.models.pooling import Pooling, embedding_width, embeddings, prepare_to_embed, remember_pooling
+from lightllm.models.pooling import (
+    Pooling,
+    TextClassifier,
+    embedding_width,
+    embeddings,
+    prepare_to_embed,
+    remember_pooling,
+)
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.class_metrics import ClassMetrics
 from lightllm.modules.text_groups import at_labels, classes_of_texts
@@ -80,6 +87,13 @@ class SequenceClassification(LanguageModule):
         if self.classifier is None:
             raise ValueError("the data does not say which classes there are: use ClassificationData")
         return self.classifier
+
+    @property
+    def text_classifier(self) -> TextClassifier | None:
+        """The classifier for whoever exports it; None before it is built."""
+        if self.classifier is None:
+            return None
+        return TextClassifier(self.classifier.weight, self.classifier.bias, self.classes, normalized=False)
 
     @override
     def forward(self, batch: TextBatch) -> Tensor:

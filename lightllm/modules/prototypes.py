@@ -16,7 +16,14 @@ from lightllm.losses import Distance, class_means, prototype_scores, scores_with
 from lightllm.models.adapters import Adapter
 from lightllm.models.inference import inference
 from lightllm.models.network import Network, Task
-from lightllm.models.pooling import Pooling, embedding_width, embeddings, prepare_to_embed, remember_pooling
+from lightllm.models.pooling import (
+    Pooling,
+    TextClassifier,
+    embedding_width,
+    embeddings,
+    prepare_to_embed,
+    remember_pooling,
+)
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.class_metrics import ClassMetrics
 from lightllm.modules.text_groups import at_labels, classes_of_texts
@@ -75,12 +82,16 @@ class PrototypicalNetwork(LanguageModule):
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
         self.episodic = False
         """Whether batches are episodes, as the data says."""
+        self.classes: list[str] = []
+        """Names of the classes by their numbers, as the data or a checkpoint has them."""
         self._bidirectional = False
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.episodic = getattr(getattr(self.trainer, "datamodule", None), "ways", None) is not None
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.episodic = getattr(datamodule, "ways", None) is not None
+        self.classes = list(getattr(datamodule, "classes", self.classes))
 
     @override
     def configure_model(self) -> None:
@@ -90,6 +101,21 @@ class PrototypicalNetwork(LanguageModule):
         self._bidirectional = prepare_to_embed(self.built_network, self._rows_are_packed())
         remember_pooling(self.built_network, self.pooling, None)
         self.register_buffer("prototypes", torch.zeros(0, embedding_width(self.built_network)))
+
+    @property
+    def text_classifier(self) -> TextClassifier | None:
+        """The means as a matrix, for whoever exports it; None before they are taken, or before their names are known.
+
+        Of the squared distance to a mean, what does not depend on the mean is left out: it is the same for all classes.
+        """
+        if not len(self.prototypes) or len(self.classes) != len(self.prototypes):
+            return None
+        scale, means = self.log_scale.detach().exp(), self.prototypes.nan_to_num()
+        absent = torch.zeros(len(means), device=means.device)
+        absent[self.prototypes.isnan().any(1)] = -torch.inf
+        if self.distance == "cosine":
+            return TextClassifier(scale * F.normalize(means, dim=1), absent, self.classes, normalized=True)
+        return TextClassifier(2 * scale * means, absent - scale * means.square().sum(1), self.classes, normalized=False)
 
     @override
     def forward(self, batch: TextBatch) -> Tensor:
@@ -179,10 +205,12 @@ class PrototypicalNetwork(LanguageModule):
         if self._take_means():
             checkpoint["state_dict"]["prototypes"] = self.prototypes
         super().on_save_checkpoint(checkpoint)
+        checkpoint["classes"] = self.classes
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.classes = checkpoint["classes"]
         self.prototypes = torch.zeros_like(checkpoint["state_dict"]["prototypes"], device=self.device)
 
     def _take_means(self) -> bool:

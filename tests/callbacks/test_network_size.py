@@ -29,6 +29,12 @@ def test_what_trains_is_told_apart() -> None:
     assert told == f"{total / 1000:.1f}k parameters, {trained / 1000:.1f}k of them train, float32 on frozen bfloat16"
 
 
+def test_a_network_of_which_nothing_trains() -> None:
+    network = tiny_llama().requires_grad_(False)
+    total = sum(one.numel() for one in network.parameters())
+    assert describe(network) == f"{total / 1000:.1f}k parameters, none of them trains, float32"
+
+
 def test_a_tied_head_counts_once() -> None:
     tied, untied = tiny_llama(tied=True), tiny_llama(tied=False)
     assert describe(tied).startswith(f"{sum(one.numel() for one in tied.parameters()) / 1000:.1f}k")

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import tiny_encoder, wordpiece_tokenizer
+from labelled_texts import labelled_documents
+from safetensors.torch import load_file
+from tiny_encoders import encoder, tiny_encoder, wordpiece_tokenizer
 from tiny_networks import tiny_llama, tiny_tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from lightllm.batch import Document, pad_documents
-from lightllm.export import export
+from lightllm.export import classifier_of, export
 from lightllm.models.pooling import embeddings, remember_pooling
+from lightllm.modules import PrototypicalNetwork, SequenceClassification
 
 TEXTS = ["w1 w2p3", "a b c d e f", "w3"]
 
@@ -21,7 +24,8 @@ def as_sentence_transformers_does(folder: Path, texts: list[str]) -> torch.Tenso
     """What the files of a folder say, followed step by step in plain transformers."""
     modules = json.loads((folder / "modules.json").read_text())
     kinds = [module["type"].rsplit(".", 1)[1] for module in modules]
-    assert kinds == ["Transformer", "Pooling", "Normalize"]
+    assert kinds[:2] == ["Transformer", "Pooling"]
+    assert kinds[2:] in (["Normalize"], ["Dense"], ["Normalize", "Dense"])
     assert all((folder / module["path"]).is_dir() for module in modules)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
@@ -40,7 +44,15 @@ def as_sentence_transformers_does(folder: Path, texts: list[str]) -> torch.Tenso
     else:
         assert mode == "pooling_mode_lasttoken"
         pooled = states[torch.arange(len(texts)), mask.sum(1) - 1]
-    return torch.nn.functional.normalize(pooled, dim=1)
+    if "Normalize" in kinds:
+        pooled = torch.nn.functional.normalize(pooled, dim=1)
+    if "Dense" in kinds:
+        config = json.loads((folder / "3_Dense" / "config.json").read_text())
+        assert config["activation_function"] == "torch.nn.modules.linear.Identity"
+        weights = load_file(folder / "3_Dense" / "model.safetensors")
+        assert list(weights["linear.weight"].shape) == [config["out_features"], config["in_features"]]
+        pooled = torch.nn.functional.linear(pooled, weights["linear.weight"], weights["linear.bias"])
+    return pooled
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
@@ -76,6 +88,50 @@ def test_sentence_transformers_loads_the_folder(tmp_path: Path) -> None:
     assert loaded.max_seq_length == 5
     found = loaded.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found, as_sentence_transformers_does(tmp_path / "export", TEXTS))
+
+
+def objective_with_classes(kind: str) -> Any:
+    tokenizer = wordpiece_tokenizer()
+    source = encoder(vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    if kind == "classification":
+        module: Any = SequenceClassification(source)
+    else:
+        module = PrototypicalNetwork(source, distance=kind, scale=0.3)  # type: ignore[arg-type]
+    module.classes = ["a", "b", "c", "d"]
+    module.configure_model()
+    if kind == "classification":
+        torch.nn.init.normal_(module.classifier.weight)
+        torch.nn.init.normal_(module.classifier.bias)
+    else:
+        shots = labelled_documents(9, vocabulary=len(tokenizer))
+        module.adapt([pad_documents(shots)], num_classes=4)  # of the last there are none
+    return module.eval()
+
+
+@pytest.mark.parametrize("kind", ["classification", "euclidean", "cosine"])
+def test_scores_of_classes_from_the_folder_are_those_of_the_objective(tmp_path: Path, kind: str) -> None:
+    module, tokenizer = objective_with_classes(kind), wordpiece_tokenizer()
+    export(module.built_network, tokenizer, tmp_path / "export", classifier=classifier_of(module))
+    assert json.loads((tmp_path / "export" / "classes.json").read_text()) == ["a", "b", "c", "d"]
+    made = []
+    for index, text in enumerate(TEXTS):
+        ids = tokenizer(text)["input_ids"]
+        made.append(Document([*ids, index], [*[False] * len(ids), True], index))
+    with torch.no_grad():
+        scores = module(pad_documents(made))
+        scores = scores if kind == "classification" else module.scores(scores, module.prototypes)
+    found = as_sentence_transformers_does(tmp_path / "export", TEXTS)
+    torch.testing.assert_close(found.softmax(1), scores.softmax(1), rtol=1e-3, atol=1e-4)
+    assert kind == "classification" or not found.softmax(1)[:, 3].any()
+
+
+def test_classifiers_that_nobody_has_trained_are_left_out() -> None:
+    untrained = PrototypicalNetwork(encoder())
+    untrained.configure_model()
+    assert classifier_of(untrained) is None
+    assert classifier_of(SequenceClassification(encoder())) is None
+    assert classifier_of(tiny_llama()) is None
 
 
 def test_other_networks_get_no_such_files(tmp_path: Path) -> None:
