@@ -93,6 +93,7 @@ class Pruning(Transforming, ABC):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]
+        super().on_fit_start(trainer, pl_module)
         installed = effective_layers(pl_module.built_network)
         self._layers = {name: installed[name] for name in prunable_layers(pl_module.built_network, self.leave_out)}
         for other in trainer.callbacks:  # type: ignore[attr-defined]

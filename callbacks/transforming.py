@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightllm.models.transformation import Transformation
@@ -39,6 +40,12 @@ class Transforming(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
         pl_module.register_transformation(self.transformation())
         trainer.callbacks = in_order_of_kinds(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it late
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]
+        # Masks and scales are the same on every rank, and DDP would send the first one's at every forward pass.
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.broadcast_buffers = False
 
 
 def in_order_of_kinds(callbacks: Sequence[Callback]) -> list[Callback]:

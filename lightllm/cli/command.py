@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -169,7 +170,7 @@ class TrainingCommand(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs["enable_model_summary"] = bool(config.enable_model_summary)  # NetworkSize says it in a line
-        _check_strategy(config.strategy)
+        _check_strategy(config.strategy, config.accelerator)
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -222,9 +223,15 @@ def _is_first_rank() -> bool:
     return True
 
 
-def _check_strategy(strategy: Any) -> None:
+def _check_strategy(strategy: Any, accelerator: Any) -> None:
     known = StrategyRegistry.available_strategies()
     if isinstance(strategy, str) and strategy not in ("auto", *known):
         near = nearest(strategy, known)
         hint = f" (did you mean {near!r}?)" if near else ""
         raise ValueError(f"trainer.strategy: there is no strategy {strategy!r}{hint}")
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if name.lower().startswith("fsdp") and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise ValueError(
+            f"trainer.strategy is {name}, Lightning's, which works on GPUs only; lightllm.parallel.ParallelStrategy "
+            "shards on any device: add --config parallel/sharded.yaml"
+        )

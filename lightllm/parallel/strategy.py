@@ -82,8 +82,8 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
 
     @override
     def setup_environment(self) -> None:
+        self.degrees = self.degrees.resolved(self.world_size)  # before ranks wait for each other
         self._setup_distributed()
-        self.degrees = self.degrees.resolved(self.world_size)
         if self._device_mesh is None:
             self._device_mesh = device_mesh(self.degrees, self.root_device.type)
         assert self.lightning_module is not None

@@ -121,3 +121,14 @@ def test_what_cannot_be_spread_is_refused_before_a_network_is_loaded(
     alone = [*FIT, "--config", "parallel/tensor.yaml", "--trainer.accelerator=cpu"]
     assert "tensor 2 does not make the 1 ranks" in refused(capsys, *alone, "--trainer.devices=1")
     assert not (workplace / "runs" / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["--trainer.strategy=fsdp", "--trainer.strategy={class_path: lightning.pytorch.strategies.FSDPStrategy}"],
+)
+def test_lightnings_own_sharding_is_refused_on_a_cpu(
+    workplace: Path, capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
+    said = refused(capsys, *FIT, "--trainer.accelerator=cpu", strategy)
+    assert "works on GPUs only; lightllm.parallel.ParallelStrategy shards on any device" in said

@@ -77,28 +77,35 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def on_one(folder: Path, make: MakeModule, num_data_ranks: int) -> dict[str, Tensor]:
+def on_one(folder: Path, make: MakeModule, num_data_ranks: int, steps: int = STEPS) -> dict[str, Tensor]:
     """What one process makes of the batches of so many data ranks."""
-    batches = global_batches(num_data_ranks)
+    batches = global_batches(num_data_ranks, steps)
     return whole_parameters(fit(folder, make, batches, accumulate_grad_batches=ACCUMULATE * num_data_ranks))
 
 
-def on_a_rank(folder: Path, make: MakeModule, strategy: MakeStrategy, num_data_ranks: int) -> dict[str, Tensor]:
+def on_a_rank(
+    folder: Path, make: MakeModule, strategy: MakeStrategy, num_data_ranks: int, steps: int = STEPS
+) -> dict[str, Tensor]:
     """What a rank makes of its share of the batches."""
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    mine = global_batches(num_data_ranks)[rank * num_data_ranks // size :: num_data_ranks]
+    mine = global_batches(num_data_ranks, steps)[rank * num_data_ranks // size :: num_data_ranks]
     spread: dict[str, Any] = {"devices": size, "strategy": strategy(), "use_distributed_sampler": False}
     module = fit(folder, make, mine, accumulate_grad_batches=ACCUMULATE, **spread)
     return whole_parameters(module)
 
 
 def assert_parity(
-    folder: Path, make: MakeModule, strategy: MakeStrategy, num_ranks: int, num_data_ranks: int | None = None
+    folder: Path,
+    make: MakeModule,
+    strategy: MakeStrategy,
+    num_ranks: int,
+    num_data_ranks: int | None = None,
+    steps: int = STEPS,
 ) -> None:
     """Fail unless every rank ends with the parameters with which one process ends, and they are not the first ones."""
     num_data_ranks = num_data_ranks or num_ranks
-    expected = on_one(folder, make, num_data_ranks)
-    for found in run_on_ranks(on_a_rank, num_ranks, folder, make, strategy, num_data_ranks):
+    expected = on_one(folder, make, num_data_ranks, steps)
+    for found in run_on_ranks(on_a_rank, num_ranks, folder, make, strategy, num_data_ranks, steps):
         assert_close(found, expected)
     torch.manual_seed(0)
     untrained = make()
