@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightllm.generate import Decoding, Message, generate
 from lightllm.models.inference import inference
-from lightllm.parallel.spreading import as_in_a_step
+from lightllm.parallel.spreading import as_in_a_step, require_network
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -35,6 +35,11 @@ class BeforeAndAfter(Callback):
         self.prompts = prompts or []
         self.decoding = decoding or Decoding(max_new_tokens=64)
         self._before: dict[str, Any] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
+        if self.prompts:
+            require_network(trainer.strategy, type(self).__name__, "has the network answer prompts")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]
@@ -87,10 +92,11 @@ def _measured(trainer: Trainer, module: LanguageModule) -> dict[str, float]:
     metrics = module.new_metrics().to(module.device)
     kept, module.metrics = module.metrics, metrics
     num_batches = 0
-    with torch.random.fork_rng(), inference(module), trainer.precision_plugin.val_step_context():
+    with torch.random.fork_rng(), inference(module):
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             for batch in loader:
-                module.measure(trainer.strategy.batch_to_device(batch))
+                # By the strategy: in a pipeline, it takes all ranks to measure a batch.
+                trainer.strategy.validation_step(trainer.strategy.batch_to_device(batch), num_batches)
                 num_batches += 1
     module.metrics = kept
     return {name: float(value) for name, value in metrics.compute().items()} if num_batches else {}

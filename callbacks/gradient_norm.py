@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightllm.models.anatomy import blocks
+from lightllm.parallel.clipping import gradient_norm
+from lightllm.parallel.spreading import SpreadsWeights
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -44,33 +42,13 @@ class GradientNorm(Callback):
         groups = {"rest": list(pl_module.parameters())}
         if self.per_block:
             groups = _parameters_per_block(pl_module.built_network)
-        norms = {name: gradient_norm(parameters) for name, parameters in groups.items()}
+        strategy = trainer.strategy
+        norm = strategy.gradient_norm if isinstance(strategy, SpreadsWeights) else gradient_norm
+        norms = {name: norm(parameters) for name, parameters in groups.items()}
         total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         pl_module.log("train/gradient_norm", total)
         if self.per_block:
             pl_module.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()})
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of all gradients together, a scalar; 0 where there are none.
-
-    Sharded gradients (DTensor) are summed over their mesh, so every rank must call this.
-    """
-    by_mesh = defaultdict(list)
-    device = torch.device("cpu")
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            # Torch's fused norm takes tensors of one kind and one mesh at a time.
-            by_mesh[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
-            device = gradient.device
-    norms = [get_total_norm(gradients) for gradients in by_mesh.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return (
-        torch.linalg.vector_norm(torch.stack([norm.float() for norm in whole]))
-        if whole
-        else torch.zeros((), device=device)
-    )
 
 
 def _parameters_per_block(network: nn.Module) -> dict[str, list[nn.Parameter]]:

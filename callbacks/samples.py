@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightllm.generate import Decoding, Message, generate
-from lightllm.parallel.spreading import as_in_a_step
+from lightllm.parallel.spreading import as_in_a_step, require_network
 
 if TYPE_CHECKING:
     from lightllm.modules.base import LanguageModule
@@ -37,6 +37,10 @@ class SampleGenerations(Callback):
             raise ValueError("prompts is empty: give at least one text, or leave SampleGenerations out")
         self.prompts = prompts
         self.decoding = decoding or Decoding(max_new_tokens=64)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LanguageModule, stage: str) -> None:  # type: ignore[override]
+        require_network(trainer.strategy, type(self).__name__, "has the network write")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LanguageModule) -> None:  # type: ignore[override]

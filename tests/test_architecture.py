@@ -72,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "models.anatomy",
         "models.inference",
         "models.transformation",
+        "parallel.clipping",
         "parallel.spreading",
         "runs",
     ),

@@ -40,11 +40,13 @@ class TokenMetrics(Metric):
 
     def update(self, loss_sum: Tensor, num_targets: Tensor, num_correct: Tensor, num_bytes: Tensor) -> None:
         """Add one batch; every argument is a sum over its target tokens, a scalar."""
-        # Not in place: `Trainer.validate` resets the sums in inference mode, and `fit` goes on with them out of it.
-        self.loss_sum = self.loss_sum + loss_sum
-        self.num_targets = self.num_targets + num_targets
-        self.num_correct = self.num_correct + num_correct
-        self.num_bytes = self.num_bytes + num_bytes
+        # Not in place: `Trainer.validate` resets the sums in inference mode, and `fit` goes on with them out of it. And
+        # not in the dtype of a module that was converted to half precision, its metrics with it.
+        dtype = sum_dtype()
+        self.loss_sum = self.loss_sum.to(dtype) + loss_sum
+        self.num_targets = self.num_targets.to(dtype) + num_targets
+        self.num_correct = self.num_correct.to(dtype) + num_correct
+        self.num_bytes = self.num_bytes.to(dtype) + num_bytes
 
     def compute(self) -> dict[str, Tensor]:
         """The four numbers; bits per byte is left out where no bytes were counted."""

@@ -27,7 +27,6 @@ from lightllm.parallel.composition import check_composition
 from lightllm.parallel.data_ranks import sampler_arguments
 from lightllm.parallel.degrees import Degrees, device_mesh
 from lightllm.parallel.layout import find_layout
-from lightllm.parallel.lost_ranks import noticing_lost_ranks
 from lightllm.parallel.microbatches import check_rows
 from lightllm.parallel.schedules import Plan, ScheduleName, make_plan
 from lightllm.parallel.sharding import reshard
@@ -72,6 +71,8 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     Raises:
         ValueError: The schedule does not work with these numbers.
     """
+
+    gathers_network = False
 
     def __init__(
         self,
@@ -129,8 +130,8 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     def clip_gradients(self, parameters: Iterable[nn.Parameter], largest_norm: float) -> None:
         clip_to(self.staged.parameters, largest_norm, self.gradient_norm(parameters))
 
+    @override
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The 2-norm of the gradients of all ranks together, a float32 scalar; every rank must call it."""
         wanted = {id(one) for one in parameters}
         square = gradient_norm(one for one in self.staged.counted_once if id(one) in wanted).square()
         torch.distributed.all_reduce(square, group=self._pipeline_group)
@@ -167,8 +168,7 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     def training_step(self, batch: TextBatch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         assert self._gradients is not None
         self._gradients.begin(first=batch_idx % self._module.trainer.accumulate_grad_batches == 0)
-        with noticing_lost_ranks():
-            loss_sum, weight = self.staged.train(batch, self._objective.criterion)
+        loss_sum, weight = self.staged.train(batch, self._objective.criterion)
         self._gradients.put_aside()
         # The backward pass is done, as far as this sum; Lightning asks for the rest of it when it knows the loss.
         self._sum = loss_sum.float().requires_grad_()
@@ -183,16 +183,14 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         self._sum = None
         self._gradients.give_back()
         if not self._module.trainer.fit_loop._should_accumulate():
-            with noticing_lost_ranks():
-                self._gradients.complete(factor)
+            self._gradients.complete(factor)
         return self.precision_plugin.post_backward(loss, self._module)
 
     @override
     def validation_step(self, batch: TextBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with noticing_lost_ranks():
-            for hidden, rows in self.staged.evaluate(batch):
-                with self.precision_plugin.forward_context():
-                    self._objective.measure_tokens(hidden, rows)
+        for hidden, rows in self.staged.evaluate(batch):
+            with self.precision_plugin.forward_context():
+                self._objective.measure_tokens(hidden, rows)
         if not self.staged.has_last:
             # Another rank has added the batch; sums over all ranks are right with nothing from this one.
             self._objective.metrics.update(*torch.zeros(4, device=self.root_device))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
-from torch import nn
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightllm.models.adapters import Adapter
@@ -15,6 +17,9 @@ from lightllm.models.transformation import Transformation
 
 class SpreadsWeights(ABC):
     """A strategy under which no rank has all weights whole between steps."""
+
+    gathers_network: ClassVar[bool]
+    """Whether the whole network runs on every rank, on weights that are gathered where they are needed."""
 
     @abstractmethod
     def check_composition(self, adapter: Adapter, transformations: Sequence[Transformation]) -> None:
@@ -27,6 +32,28 @@ class SpreadsWeights(ABC):
     @abstractmethod
     def clip_gradients(self, parameters: Iterable[nn.Parameter], largest_norm: float) -> None:
         """Scale the gradients so that their 2-norm, over all ranks together, is at most `largest_norm`."""
+
+    @abstractmethod
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The 2-norm of some gradients over all ranks together, a float32 scalar; every rank must call it."""
+
+
+def require_network(strategy: Strategy, name: str, why: str) -> None:
+    """Refuse a part that uses the network beside the training steps, where no rank could run it.
+
+    Args:
+        strategy: The trainer's.
+        name: The part's.
+        why: What it does with the network, to follow its name.
+
+    Raises:
+        ValueError: A rank has some layers of it only.
+    """
+    if isinstance(strategy, SpreadsWeights) and not strategy.gathers_network:
+        raise ValueError(
+            f"{name} {why}, and under {type(strategy).__name__} a rank has some layers of it only: leave {name} out, "
+            "and ask the run afterwards (lightllm generate), or take another strategy"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -46,6 +46,8 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         ValueError: A degree is less than 1.
     """
 
+    gathers_network = True
+
     def __init__(
         self,
         replicate: int = 1,
@@ -79,6 +81,10 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     def clip_gradients(self, parameters: Iterable[nn.Parameter], largest_norm: float) -> None:
         parameters = list(parameters)
         clip_to(parameters, largest_norm, gradient_norm(parameters))
+
+    @override
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        return gradient_norm(parameters)
 
     @override
     def setup_environment(self) -> None:

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightllm.callbacks import GradientNorm
-from lightllm.callbacks.gradient_norm import gradient_norm
 from lightllm.loggers import RunCSVLogger
+from lightllm.parallel.clipping import gradient_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

@@ -31,6 +31,9 @@ FIT = [
 RANKS = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--data.batches.documents=4"]
 STEPS = ["--trainer.max_steps=8", "--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=4"]
 
+ROWS = ["--data.batches.documents=null", "--data.batches.tokens=256", "--trainer.strategy.microbatches=4"]
+"""Batches of four rows, for a pipeline to take apart."""
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -47,7 +50,8 @@ def run(*arguments: object) -> int:
 
 
 def arguments(name: str, overlay: str) -> list[str]:
-    return [*FIT, "--config", f"parallel/{overlay}", *RANKS, *STEPS, "--run", f"runs/{name}"]
+    more = ROWS if overlay == "pipeline.yaml" else []
+    return [*FIT, "--config", f"parallel/{overlay}", *RANKS, *STEPS, *more, "--run", f"runs/{name}"]
 
 
 def fit(name: str, overlay: str) -> None:
@@ -58,14 +62,14 @@ def measured(text: str) -> float:
     return float(text.split("val/loss")[1].split()[1])
 
 
-@pytest.mark.parametrize("overlay", ["sharded.yaml", "tensor.yaml"])
+@pytest.mark.parametrize("overlay", ["sharded.yaml", "tensor.yaml", "pipeline.yaml"])
 def test_a_run_of_two_ranks_is_a_run_folder_like_any(
     workplace: Path, overlay: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name = overlay.removesuffix(".yaml")
     fit(name, overlay)
     folder = workplace / "runs" / name
-    assert (folder / "checkpoints" / "best.ckpt").is_dir()
+    assert (folder / "checkpoints" / "best.ckpt").is_dir() == (overlay != "pipeline.yaml"), "files of whole networks"
     capfd.readouterr()
     assert run_on_ranks(run, 2, "validate", folder) == [0, 0]
     by_two = measured(capfd.readouterr().out)
@@ -95,31 +99,35 @@ def killed(command: list[str], watched: Path) -> int:
     return run(*command)
 
 
+@pytest.mark.parametrize("overlay", ["sharded.yaml", "pipeline.yaml"])
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(
-    workplace: Path, capfd: pytest.CaptureFixture[str]
+    workplace: Path, overlay: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fit("whole", "sharded.yaml")
-    checkpoints = workplace / "runs" / "killed" / "checkpoints"
+    whole, dead = f"whole-{overlay}", f"killed-{overlay}"
+    fit(whole, overlay)
+    checkpoints = workplace / "runs" / dead / "checkpoints"
     begin = time.monotonic()
     with pytest.raises(AssertionError, match="rank 1 ended with -9"):
-        run_on_ranks(killed, 2, arguments("killed", "sharded.yaml"), checkpoints / "step=4.ckpt")
+        run_on_ranks(killed, 2, arguments(dead, overlay), checkpoints / "step=4.ckpt")
     assert time.monotonic() - begin < 60
     said = capfd.readouterr().err
     assert "lightllm fit: rank 0 stops, because another rank of the run has ended or cannot be reached" in said
     assert "go on with lightllm fit --resume RUN" in said
-    assert run_on_ranks(run, 2, "fit", "--resume", "runs/killed") == [0, 0]
-    ours, theirs = (
-        read_checkpoint(workplace / "runs" / name / "checkpoints/last.ckpt") for name in ("killed", "whole")
-    )
+    assert run_on_ranks(run, 2, "fit", "--resume", f"runs/{dead}") == [0, 0]
+    ours, theirs = (read_checkpoint(workplace / "runs" / name / "checkpoints/last.ckpt") for name in (dead, whole))
     assert ours["global_step"] == theirs["global_step"] == 8
     assert all(torch.equal(ours["state_dict"][key], value) for key, value in theirs["state_dict"].items())
 
 
 def test_what_cannot_be_spread_is_refused_before_a_network_is_loaded(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    staged = [*FIT, "--config", "parallel/pipeline.yaml", *RANKS]
+    assert run_on_ranks(run, 2, *staged) == [2, 2]
+    assert "batches have 1 rows, and microbatches is 8" in capfd.readouterr().err
     alone = [*FIT, "--config", "parallel/tensor.yaml", "--trainer.accelerator=cpu"]
-    assert "tensor 2 does not make the 1 ranks" in refused(capsys, *alone, "--trainer.devices=1")
+    assert "tensor 2 does not make the 1 ranks" in refused(capfd, *alone, "--trainer.devices=1")
+    torch.distributed.destroy_process_group()  # of this one rank
     assert not (workplace / "runs" / "lora").exists()
 
 

@@ -63,3 +63,13 @@ def test_sums_are_what_ranks_exchange() -> None:
     metrics.reset()
     assert float(metrics.loss_sum) == 0
     assert not list(nn.Module.state_dict(metrics))  # and none is in a checkpoint
+
+
+def test_counts_stay_exact_in_a_module_of_half_precision() -> None:
+    metrics = torch.nn.ModuleDict({"metrics": TokenMetrics()}).to(torch.bfloat16)["metrics"]
+    for _ in range(3):
+        metrics.update(torch.tensor(2.5), torch.tensor(1001), torch.tensor(1), torch.tensor(0))
+    assert float(metrics.num_targets) == 3003
+    metrics.reset()
+    metrics.update(torch.tensor(2.5), torch.tensor(1001), torch.tensor(1), torch.tensor(0))
+    assert float(metrics.num_targets) == 1001

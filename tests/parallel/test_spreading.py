@@ -15,7 +15,7 @@ from tiny_run import tiny_trainer
 from lightllm.callbacks import BeforeAndAfter, Predictions, SampleGenerations
 from lightllm.generate import Decoding
 from lightllm.modules import Distillation, OnPolicy
-from lightllm.parallel import ParallelStrategy
+from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.spreading import as_in_a_step
 
 PROMPTS: list[Any] = ["The whale", "Call me"]
@@ -58,3 +58,20 @@ def test_ranks_that_would_not_work_in_step_are_refused(tmp_path: Path) -> None:
     module.trainer = trainer
     with pytest.raises(ValueError, match=r"on_policy has the student write, and under ParallelStrategy"):
         module.configure_model()
+
+
+def measure_before_and_after(material: Path, run: Path, strategy: Any) -> None:
+    trainer = {"max_steps": 2, "devices": 2, "strategy": strategy()}
+    Recipe(material, lora=True, dropout=0.0, trainer=trainer, callbacks=lambda: [BeforeAndAfter()]).train(run)
+
+
+def test_stages_of_layers_are_measured_and_asked_nothing(tmp_path: Path) -> None:
+    make_material(tmp_path)
+    fit_and_tell(tmp_path, tmp_path / "one", None)
+    run_on_ranks(measure_before_and_after, 2, tmp_path, tmp_path / "two", lambda: PipelineParallelStrategy(2, 4))
+    one, two = (json.loads((tmp_path / run / "before_and_after.json").read_text())["before"] for run in ("one", "two"))
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    trainer = tiny_trainer(tmp_path, [], strategy=PipelineParallelStrategy(2, 4))
+    for callback in (SampleGenerations(PROMPTS), BeforeAndAfter(PROMPTS)):
+        with pytest.raises(ValueError, match=r"has the network .*, and under PipelineParallelStrategy a rank has some"):
+            callback.setup(trainer, objective(), "fit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,7 @@ def train(
     objective: LanguageModule, batches: list[TextBatch], folder: Path, accumulate: int = ACCUMULATE, **fields: Any
 ) -> dict[str, Any]:
     """Run the batches once, as one epoch; what came of it: losses and validation. A checkpoint is in `folder`."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: several ranks would be seeded by it, one would not
     torch.manual_seed(0)
     noted = Losses()
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5} | fields
@@ -115,9 +117,16 @@ def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor], to
         assert difference <= tolerance, f"{name} differs by {difference}"
 
 
-def fit(folder: Path, strategy: dict[str, Any], fields: dict[str, Any], batches: list[TextBatch], **run: Any) -> Any:
+def fit(
+    folder: Path,
+    strategy: dict[str, Any],
+    fields: dict[str, Any],
+    batches: list[TextBatch],
+    run: dict[str, Any] | None = None,
+) -> Any:
     """A run on one of several ranks."""
-    run = {"strategy": PipelineParallelStrategy(**strategy), "devices": torch.distributed.get_world_size()} | run
+    devices = torch.distributed.get_world_size()
+    run = {"strategy": PipelineParallelStrategy(**strategy), "devices": devices} | (run or {})
     return train(module(**fields), batches, folder, **run)
 
 
