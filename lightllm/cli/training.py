@@ -98,6 +98,9 @@ def _say_what_next(command: TrainingCommand) -> None:
     found = f"; best {checkpoints[0].monitor} {best:.4g}" if best is not None else ""
     rank_zero_info(f"done after {command.trainer.global_step} steps: {run.path}{found}")
     tokenizer = command.model.tokenizer
+    if command.model.task != "causal":  # it writes no text
+        rank_zero_info(f"next: lightllm validate {run.path}    lightllm export {run.path}")
+        return
     # A network that continues text is asked with some chance: the likeliest token again and again is a young one's rut.
     continues = f'generate {run.path} "…" --decoding.temperature 0.8'
     asks = f"chat {run.path}" if tokenizer and tokenizer.chat_template else continues

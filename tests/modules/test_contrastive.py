@@ -6,20 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from labelled_texts import labelled_rows, save_labelled
 from lightning.pytorch import Trainer
 from ranks import run_on_ranks
+from resumed import check_resumes
 from tiny_architectures import small_fields
 from tiny_checkpoint import saved
-from tiny_encoders import encoder, tiny_encoder
+from tiny_encoders import encoder, tiny_encoder, wordpiece_tokenizer
 from tiny_objective import Batches, MeasuredBatches, adamw
 from tiny_run import tiny_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightllm.batch import Document, TextBatch, pack_documents, pad_documents
+from lightllm.datamodules import Batches as RowBatches
+from lightllm.datamodules import PairData, Reading
 from lightllm.models import FromConfig, LoRA, Network, Pretrained
 from lightllm.models.pooling import remembered_pooling
-from lightllm.modules import ContrastivePretraining, InfoNCE
+from lightllm.modules import ContrastivePretraining, InfoNCE, Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -184,6 +188,29 @@ def test_texts_learn_to_find_each_other(tmp_path: Path, adapter: Any) -> None:
     assert after > before + 0.2
     assert {"val/loss", "val/recall_at_10", "val/reciprocal_rank"} <= set(trainer.callback_metrics)
     assert remembered_pooling(module.built_network) == ("mean", 16)
+
+
+@pytest.mark.parametrize("positives", ["given", "dropout"])
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, positives: Any) -> None:
+    tokenizer = wordpiece_tokenizer()
+
+    def data() -> PairData:
+        return PairData(
+            save_labelled(tmp_path / "rows.jsonl", labelled_rows()),
+            tokenizer=tokenizer,
+            fields=["text"],
+            label_field="label" if positives == "given" else None,
+            max_length=16,
+            batches=RowBatches(mode="sorted", documents=7),
+            reading=Reading(cache=str(tmp_path / "cache"), processes=1),
+        )
+
+    def module() -> ContrastivePretraining:
+        network = encoder(vocab_size=len(tokenizer), hidden_dropout_prob=0.2)
+        fields: dict[str, Any] = {"optimizer": adamw(), "schedule": Schedule("constant")}
+        return ContrastivePretraining(network, positives=positives, rows_at_once=3, **fields)
+
+    check_resumes(tmp_path / "runs", module, data)
 
 
 def train_on_rank(batches: list[list[TextBatch]], folder: Path) -> dict[str, Tensor]:

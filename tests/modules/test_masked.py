@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from ranks import run_on_ranks
+from resumed import check_resumes
 from tiny_checkpoint import saved
 from tiny_encoders import WORDS, encoder, tiny_encoder, token_documents, wordpiece_tokenizer
 from tiny_objective import Batches, MeasuredBatches, adamw
@@ -14,10 +18,12 @@ from tiny_run import tiny_trainer
 from torch.nn import functional as F
 
 from lightllm.batch import IGNORE_INDEX, Document, TextBatch, pack_documents, pad_documents
+from lightllm.datamodules import Batches as RowBatches
+from lightllm.datamodules import DocumentData, Reading, SentencePairData, TextData
 from lightllm.export import export
 from lightllm.masking import PLANES, Masking, fixed_uniforms
 from lightllm.models import LoRA, Network, Pretrained
-from lightllm.modules import MaskedPretraining
+from lightllm.modules import MaskedPretraining, Schedule
 from lightllm.modules.masked import MaskedMetrics
 from lightllm.modules.sentence_head import token_types
 
@@ -234,6 +240,63 @@ def test_metrics_without_pairs_say_nothing_of_them() -> None:
         "masked_accuracy": 0.5,
         "most_frequent_accuracy": 0.75,
     }
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, pairs: bool) -> None:
+    rows = [json.dumps({"text": " ".join(f"w{(d + s) % 10} ab." for s in range(12))}) + "\n" for d in range(9)]
+    (tmp_path / "texts.jsonl").write_text("".join(rows))
+
+    def data() -> DocumentData:
+        kind: Any = SentencePairData if pairs else TextData
+        return kind(
+            str(tmp_path / "texts.jsonl"),
+            tokenizer=wordpiece_tokenizer(),
+            max_length=32,
+            batches=RowBatches(mode="sorted" if pairs else "packed", tokens=64),
+            reading=Reading(cache=str(tmp_path / "cache"), processes=1),
+            **({"words": 2} if pairs else {"reads_end": True}),
+        )
+
+    def module() -> MaskedPretraining:
+        network = encoder(vocab_size=SIZE, hidden_dropout_prob=0.1)
+        return MaskedPretraining(network, sentence_loss=float(pairs), optimizer=adamw(), schedule=Schedule("constant"))
+
+    check_resumes(tmp_path / "runs", module, data)
+
+
+def measure_on_rank(batches: list[list[TextBatch]], folder: Path) -> dict[str, float]:
+    module = objective(sentence_loss=1.0)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_steps=2,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    mine = batches[torch.distributed.get_rank()]
+    data = MeasuredBatches(mine * 2, mine, tokenizer=wordpiece_tokenizer())
+    (values,) = trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    found = dict(values) | {"trained": float(sum(one.double().sum() for one in module.state_dict().values()))}
+    return {name: float(value) for name, value in found.items()}
+
+
+def test_two_ranks_measure_as_one_process_does(tmp_path: Path) -> None:
+    made = sentence_pairs(12)
+    shares = [[pad_documents(made[:3])], [pad_documents(made[3:])]]
+    one, other = run_on_ranks(measure_on_rank, 2, shares, tmp_path)
+    assert one == other
+    module = objective(sentence_loss=1.0)
+    with torch.no_grad():
+        module.measure(pad_documents(made))
+    for name, value in module.metrics.compute().items():
+        assert one[f"val/{name}"] == pytest.approx(float(value), rel=1e-5)
 
 
 def test_what_can_not_be_masked_is_refused() -> None:
