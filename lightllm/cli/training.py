@@ -12,6 +12,7 @@ from lightllm.checkpoint_io import newest_checkpoint, read_entry
 from lightllm.cli.command import TrainingCommand
 from lightllm.cli.configs import found_configs
 from lightllm.cli.errors import run_explained
+from lightllm.cli.memory_warning import warn_of_memory
 from lightllm.cli.teach import naming_the_command
 from lightllm.runs import RunFolder
 
@@ -35,6 +36,8 @@ def _fit(arguments: list[str]) -> int:
     try:
         command.write_config()
         rank_zero_info(_beginning(command, checkpoint))
+        if not command.is_trial:
+            warn_of_memory(command.model, command.datamodule, command.trainer)
         with naming_the_command(arguments):
             command.trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=checkpoint, weights_only=True)
     finally:

@@ -30,6 +30,7 @@ def loss_buffers(
     hidden_dtype: torch.dtype,
     product_dtype: torch.dtype,
     trains_hidden: bool = True,
+    num_parts: int = 1,
 ) -> LossBuffers:
     """Count the buffers of `linear_cross_entropy`.
 
@@ -41,6 +42,7 @@ def loss_buffers(
         hidden_dtype: Of the hidden states.
         product_dtype: Of the products: autocast's, or the head's own.
         trains_hidden: Whether anything below the head trains.
+        num_parts: Ranks that share the vocabulary, of which `head` is one's rows.
     """
     vocab, width = head.shape
     item, wide = product_dtype.itemsize, softmax_dtype(product_dtype).itemsize
@@ -52,6 +54,8 @@ def loss_buffers(
     gathered = num_targets * width * item
     copies = vocab * width * item if product_dtype != head.dtype else 0
     products = longest * vocab * item + block * vocab * wide * (1 if item == wide else 2)
+    if num_parts > 1:  # whole chunks of exponentials, and beside them logits and gradients where they are wider
+        products += longest * vocab * (wide + (0 if item == wide else wide + item))
     hidden_gradient = num_positions * width * hidden_dtype.itemsize * trains_hidden
     weight_gradient = vocab * width * head.dtype.itemsize * trains
     summed = vocab * width * 4 * trains if num_chunks > 1 else weight_gradient

@@ -15,7 +15,11 @@ from lightllm.models.document_attention import BY_DOCUMENT
 
 
 def one_block(
-    network: nn.Module, adapter: Adapter, tensor_degree: int = 1, low_bit: bool = False
+    network: nn.Module,
+    adapter: Adapter,
+    tensor_degree: int = 1,
+    low_bit: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], nn.Module]:
     """A function that makes a network like this one with one block: what one device of a tensor-parallel group has.
 
@@ -24,6 +28,7 @@ def one_block(
         adapter: What is attached to it.
         tensor_degree: Ranks that share the matrices of a layer: each has as many heads and neurons less.
         low_bit: Whether an adapter's base weights are stored in few bits; peft's own layer goes around them.
+        dtype: All weights have it while they compute, where that is not their own.
     """
     # Which blocks are frozen is for the whole network to say; one that trains is looked at.
     attached = Full() if isinstance(adapter, Frozen) else adapter
@@ -32,7 +37,8 @@ def one_block(
         made = _own(network) if isinstance(network, OwnNetwork) else _thin(network, tensor_degree)
         if low_bit:
             vars(made)["is_quantized"] = True
-        return attached.attach(made)
+        adapted = attached.attach(made)
+        return adapted if dtype is None else adapted.to(dtype=dtype)
 
     return make
 

@@ -78,10 +78,13 @@ class Planner:
         self._head = output_head(job.adapted)
         weights = self._head.weight.dtype
         self._dtype = job.autocast or weights
-        self._memory = MemoryModel(self.parts, job.optimizer)
+        # On GPUs, mixed precision of sharded weights is to gather them in the narrow type: see `plan_overlay`.
+        self.gathered = job.autocast if machine.kind == "cuda" and job.low_bit is None else None
+        share = 1.0 if self.gathered is None else self.gathered.itemsize / weights.itemsize
+        self._memory = MemoryModel(self.parts, job.optimizer, share)
         name = str(self._dtype).removeprefix("torch.")
-        self._time = TimeModel(machine, self.parts, job.optimizer, name, self._dtype.itemsize, job.is_compiled)
-        self._profiles: dict[tuple[int, int], NetworkProfile] = {}
+        self._time = TimeModel(machine, self.parts, job.optimizer, name, share, job.is_compiled)
+        self._profiles: dict[tuple[int, int, bool], NetworkProfile] = {}
 
     def rank(self, step_tokens: int) -> list[Estimate]:
         """All sensible layouts, those that fit first, the fastest of them first.
@@ -115,11 +118,14 @@ class Planner:
 
     def profile(self, layout: Layout) -> NetworkProfile:
         """Of a micro-batch on one rank; found once for each size."""
-        key = layout.rows, layout.degrees.tensor
+        gathered = self.gathered if layout.shard > 1 else None
+        key = layout.rows, layout.degrees.tensor, gathered is not None
         if key not in self._profiles:
-            make = one_block(self.job.bare, self.job.adapter, layout.degrees.tensor, self.job.low_bit is not None)
-            batch = MicroBatch(layout.rows, self.job.length, self.job.document)
-            self._profiles[key] = profile(make, batch, self.job.autocast, self.machine.kind == "cpu")
+            job, low_bit = self.job, self.job.low_bit is not None
+            make = one_block(job.bare, job.adapter, layout.degrees.tensor, low_bit, gathered)
+            batch = MicroBatch(layout.rows, job.length, job.document)
+            autocast = job.autocast if gathered is None else None
+            self._profiles[key] = profile(make, batch, autocast, self.machine.kind == "cpu")
         return self._profiles[key]
 
     def loss(self, layout: Layout) -> LossBuffers:
@@ -128,9 +134,12 @@ class Planner:
         count = layout.rows * self.job.length
         with FakeTensorMode():
             device = "cpu" if self.machine.kind == "cpu" else "meta"
-            head = torch.empty(vocab // layout.degrees.tensor, width, dtype=self._head.weight.dtype, device=device)
+            dtype = self._head.weight.dtype
+            if self.gathered is not None and layout.shard > 1:
+                dtype = self.gathered
+            head = torch.empty(vocab // layout.degrees.tensor, width, dtype=dtype, device=device)
             head.requires_grad_(self._head.weight.requires_grad)
-            return loss_buffers(count, count, head, self._head.weight.dtype, self._dtype)
+            return loss_buffers(count, count, head, dtype, self._dtype, num_parts=layout.degrees.tensor)
 
     def _loss_seconds(self, layout: Layout) -> float:
         vocab, width = self._head.weight.shape

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from lightllm.parallel.degrees import Degrees
 from lightllm.parallel.machine import Machine
 from lightllm.parallel.network_parts import NetworkParts
+from lightllm.parallel.schedules import ScheduleName
 
-SCHEDULES = ("1F1B", "Interleaved1F1B")
-"""Schedules that are considered: GPipe waits as long as 1F1B and holds more."""
+SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "interleaved_1f1b")
+"""Schedules that are considered: gpipe idles as long as 1f1b and holds more."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Layout:
     """Of an optimizer step, on each data rank."""
     recompute: bool
     """Gradient checkpointing."""
-    schedule: str | None = None
+    schedule: ScheduleName | None = None
     """Of a pipeline."""
 
     @property
@@ -37,7 +38,7 @@ class Layout:
     @property
     def chunks(self) -> int:
         """Pieces of the network that each stage of a pipeline has."""
-        return 2 if self.schedule == "Interleaved1F1B" else 1
+        return 2 if self.schedule == "interleaved_1f1b" else 1
 
     def describe(self) -> str:
         """A few words: `shard 8 x tensor 4, 2 rows x 4, recomputed`."""
@@ -48,7 +49,7 @@ class Layout:
 
 
 def layouts(
-    parts: NetworkParts, machine: Machine, step_rows: int, schedules: tuple[str, ...] = SCHEDULES
+    parts: NetworkParts, machine: Machine, step_rows: int, schedules: tuple[ScheduleName, ...] = SCHEDULES
 ) -> Iterator[Layout]:
     """Every sensible layout of a network on a machine.
 
@@ -68,12 +69,13 @@ def layouts(
             data = machine.world_size // tensor // pipeline
             if pipeline > len(parts.blocks) or step_rows % data:
                 continue
-            for shard in sorted({1, data, _within_node(machine, tensor, data)}):
+            # Stages of a pipeline are copied whole to other data ranks.
+            for shard in sorted({1, data, _within_node(machine, tensor, data)} if pipeline == 1 else {1}):
                 degrees = Degrees(data // shard, shard, tensor, pipeline)
                 yield from _cut(degrees, len(parts.blocks), step_rows // data, schedules)
 
 
-def _cut(degrees: Degrees, num_blocks: int, rows: int, schedules: tuple[str, ...]) -> Iterator[Layout]:
+def _cut(degrees: Degrees, num_blocks: int, rows: int, schedules: tuple[ScheduleName, ...]) -> Iterator[Layout]:
     """All ways to cut the rows that a data rank takes in a step into micro-batches."""
     for size in _divisors(rows):
         if size & (size - 1) and size != rows:

@@ -76,13 +76,13 @@ class MemoryModel:
     Args:
         parts: The network's parameters.
         optimizer: What the optimizer holds.
-        compute_bytes: Bytes of a weight in the type of the products, for gathered copies of sharded weights.
+        gathered_share: Bytes of a gathered weight over those of its shard, which may be in a wider type.
     """
 
-    def __init__(self, parts: NetworkParts, optimizer: OptimizerCost, compute_bytes: int | None = None) -> None:
+    def __init__(self, parts: NetworkParts, optimizer: OptimizerCost, gathered_share: float = 1.0) -> None:
         self._parts = parts
         self._optimizer = optimizer
-        self._compute_bytes = compute_bytes
+        self._gathered_share = gathered_share
 
     def estimate(self, layout: Layout, rank: Rank, profile: NetworkProfile, loss: LossBuffers) -> MemoryEstimate:
         """The worst moment of a rank."""
@@ -121,10 +121,11 @@ class MemoryModel:
             "embedding": (gradients, around, profile.block.hidden, embedding + collected.backward),
             "optimizer": (gradients, 0.0, 0.0, self._scratch(local, share)),
         }
-        phase = max(moments, key=lambda name: sum(moments[name]))
+        gathered = collected.always if layout.shard > 1 else 0.0  # until the backward pass is over
+        phase = max(moments, key=lambda name: sum(moments[name]) - gathered * (name == "optimizer"))
         worst = moments[phase]
         return MemoryEstimate(
-            weights=weights + collected.always,
+            weights=weights + collected.always - gathered * (phase == "optimizer"),
             optimizer=state,
             gradients=worst[0],
             activations=worst[1],
@@ -156,13 +157,13 @@ class MemoryModel:
             # Buckets of gradients, which are not views of them.
             return _Collected(always=local.trained_bytes if replicated else 0.0)
         block = max(self._parts.blocks, key=lambda one: one.bytes).on_a_rank(layout.degrees.tensor)
-        ratio = 1.0 if self._compute_bytes is None else self._compute_bytes / 4
-        gathered, formed = block.bytes * ratio, block.trained_bytes * ratio
+        ratio = self._gathered_share
+        gathered, formed, sent = block.bytes * ratio, block.trained_bytes * ratio, block.trained_bytes
         return _Collected(
             always=outside.bytes * ratio,
             forward=3 * gathered,
             # Two blocks' weights and one on its way, gradients as they were formed, and as they are sent.
-            backward=3 * gathered + 2 * formed + outside.trained_bytes * ratio,
+            backward=3 * gathered + formed + sent + outside.trained_bytes * ratio,
         )
 
 

@@ -18,13 +18,21 @@ def overlay(layout: Layout, machine: Machine, job: Job) -> dict[str, Any]:
         job: What is trained.
     """
     in_step = layout.microbatches if layout.degrees.pipeline > 1 else 1
+    chosen = strategy(layout)
+    gathers_narrow = layout.shard > 1 and job.autocast is not None and machine.kind == "cuda" and job.low_bit is None
+    if gathers_narrow and isinstance(chosen, dict):
+        # Weights are gathered in the narrow type, and there is nothing to cast: not also autocast.
+        narrow = str(job.autocast).removeprefix("torch.")
+        chosen["init_args"]["sharding"] = {"parameter_dtype": narrow, "reduce_dtype": "float32"}
     trainer: dict[str, Any] = {
         "accelerator": "cpu" if machine.kind == "cpu" else "gpu",
         "devices": machine.devices,
         "num_nodes": machine.nodes,
-        "strategy": strategy(layout),
+        "strategy": chosen,
         "accumulate_grad_batches": layout.microbatches // in_step,
     }
+    if gathers_narrow:
+        trainer["precision"] = "32-true"
     return {
         "trainer": trainer,
         "model": {"init_args": {"gradient_checkpointing": layout.recompute}},
@@ -37,8 +45,9 @@ def strategy(layout: Layout) -> str | dict[str, Any]:
     degrees = layout.degrees
     if degrees.pipeline == degrees.tensor == layout.shard == 1:
         return "auto" if degrees.replicate == 1 else "ddp"
-    spread: dict[str, Any] = {"replicate": degrees.replicate, "shard": layout.shard, "tensor": degrees.tensor}
     if degrees.pipeline == 1:
+        spread = {"replicate": degrees.replicate, "shard": layout.shard, "tensor": degrees.tensor}
         return {"class_path": "lightllm.parallel.ParallelStrategy", "init_args": spread}
-    pipeline = {"pipeline": degrees.pipeline, "schedule": layout.schedule, "microbatches": layout.microbatches}
-    return {"class_path": "lightllm.parallel.PipelineParallelStrategy", "init_args": {**pipeline, **spread}}
+    pipeline = {"pipeline": degrees.pipeline, "microbatches": layout.microbatches, "schedule": layout.schedule}
+    tensor = {} if degrees.tensor == 1 else {"tensor": degrees.tensor}
+    return {"class_path": "lightllm.parallel.PipelineParallelStrategy", "init_args": {**pipeline, **tensor}}

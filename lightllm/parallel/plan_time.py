@@ -45,7 +45,7 @@ class TimeModel:
         parts: The network's parameters.
         optimizer: What the optimizer holds, all of which it reads and writes.
         dtype: The type of products, by name.
-        compute_bytes: Bytes of a weight in that type.
+        gathered_share: Bytes of a gathered weight over those of its shard.
         is_compiled: Whether blocks are compiled.
     """
 
@@ -55,14 +55,14 @@ class TimeModel:
         parts: NetworkParts,
         optimizer: OptimizerCost,
         dtype: str,
-        compute_bytes: int,
+        gathered_share: float = 1.0,
         is_compiled: bool = False,
     ) -> None:
         self._machine = machine
         self._parts = parts
         self._optimizer = optimizer
         self._dtype = dtype
-        self._compute_bytes = compute_bytes
+        self._gathered_share = gathered_share
         self._is_compiled = is_compiled
 
     def device_seconds(self, operations: Iterable[Operation]) -> float:
@@ -138,9 +138,7 @@ class TimeModel:
             return 0.0
         group = Group(layout.shard, layout.degrees.tensor)
         block = self._parts.blocks[-1].on_a_rank(layout.degrees.tensor)
-        item = self._compute_bytes / 4 if block.bytes else 1.0
-        gather = all_gather_seconds(self._machine, group, block.bytes * item)
-        # Gradients go back as they are summed, once an optimizer step would do, but only if they were held whole.
+        gather = all_gather_seconds(self._machine, group, block.bytes * self._gathered_share)
         scatter = all_gather_seconds(self._machine, group, block.trained_bytes)
         if self._machine.kind == "cpu":
             return num_blocks * (2 * gather + scatter)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned_run import CPU, Case, measured_peak
+from measured_memory import peak_allocated
+from planned_run import CPU, Case, measured_peak, train
+from ranks import run_on_ranks
 
 from lightllm.models import Frozen, LoRA
+from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.degrees import Degrees
 from lightllm.parallel.plan import Planner
 from lightllm.parallel.plan_layout import Layout
@@ -52,3 +55,40 @@ def estimated_peak(case: Case) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_peak_of_one_device_is_what_torch_allocates(case: Case, tmp_path: Path) -> None:
     assert estimated_peak(case) == pytest.approx(measured_peak(case, tmp_path), rel=0.15)
+
+
+SPREAD = {
+    "copies": ("full", Layout(Degrees(2, 1, 1, 1), 4, 1, False)),
+    "copies of lora": ("lora", Layout(Degrees(2, 1, 1, 1), 4, 1, False)),
+    "shards": ("full", Layout(Degrees(1, 2, 1, 1), 4, 1, False)),
+    "shards recomputed": ("recomputed", Layout(Degrees(1, 2, 1, 1), 8, 1, True)),
+    "shards of lora": ("lora", Layout(Degrees(1, 2, 1, 1), 4, 1, False)),
+    "shared matrices": ("full", Layout(Degrees(1, 1, 2, 1), 4, 1, False)),
+    "shared vocabulary": ("wide vocabulary", Layout(Degrees(1, 1, 2, 1), 2, 1, False)),
+    "stages": ("full", Layout(Degrees(1, 1, 1, 2), 2, 4, False, "1f1b")),
+    "stages recomputed": ("recomputed", Layout(Degrees(1, 1, 1, 2), 2, 4, True, "1f1b")),
+    "stages in turn": ("full", Layout(Degrees(1, 1, 1, 2), 2, 4, False, "interleaved_1f1b")),
+}
+
+
+def strategy(layout: Layout) -> object:
+    degrees = layout.degrees
+    if layout.schedule is not None:
+        return PipelineParallelStrategy(degrees.pipeline, layout.microbatches, layout.schedule)
+    if degrees.tensor == layout.shard == 1:
+        return "ddp"
+    return ParallelStrategy(degrees.replicate, layout.shard, degrees.tensor)
+
+
+def peak_on_this_rank(case: Case, layout: Layout, folder: Path) -> int:
+    rows = layout.rows * (layout.microbatches if layout.schedule else 1)
+    batches = case.batches(2, rows)
+    return peak_allocated(lambda: train(case, folder, batches, devices=2, strategy=strategy(layout)))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_the_peak_of_the_fullest_of_two_ranks_is_what_torch_allocates(name: str, tmp_path: Path) -> None:
+    label, layout = SPREAD[name]
+    case = next(one for one in CASES if one.name == label)
+    measured = max(run_on_ranks(peak_on_this_rank, 2, case, layout, tmp_path))
+    assert Planner(case.job(), CPU).estimate(layout).memory.peak == pytest.approx(measured, rel=0.15)

@@ -35,7 +35,7 @@ def test_a_pipeline_has_a_block_a_stage_and_as_many_microbatches_as_stages() -> 
     found = [one for one in layouts(parts(num_blocks=4), machine("h100-8"), 16) if one.degrees.pipeline > 1]
     assert {one.degrees.pipeline for one in found} == {2, 4}
     assert all(one.microbatches >= one.degrees.pipeline for one in found)
-    interleaved = [one for one in found if one.schedule == "Interleaved1F1B"]
+    interleaved = [one for one in found if one.schedule == "interleaved_1f1b"]
     assert {one.degrees.pipeline for one in interleaved} == {2}
 
 
@@ -50,4 +50,4 @@ def test_rows_are_powers_of_two_or_all() -> None:
 
 def test_a_layout_is_described_by_what_is_not_one() -> None:
     assert Layout(Degrees(1, 1, 1, 1), 1, 1, False).describe() == "one device"
-    assert Layout(Degrees(2, 4, 1, 2), 1, 2, False, "1F1B").describe() == "replicate 2 x shard 4 x pipeline 2 (1F1B)"
+    assert Layout(Degrees(2, 4, 1, 2), 1, 2, False, "1f1b").describe() == "replicate 2 x shard 4 x pipeline 2 (1f1b)"

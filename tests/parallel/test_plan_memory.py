@@ -62,7 +62,7 @@ def test_copies_hold_their_gradients_twice() -> None:
 
 
 def test_stages_hold_as_many_microbatches_as_come_before_the_first_returns() -> None:
-    layout = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="1F1B")
+    layout = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="1f1b")
     assert [one.in_flight for one in ranks(layout, 4)] == [2, 1]
     first, last = estimate(layout), estimate(layout, stage=1)
     assert first.optimizer == last.optimizer == 8 * 220
@@ -71,11 +71,11 @@ def test_stages_hold_as_many_microbatches_as_come_before_the_first_returns() -> 
 
 
 def test_interleaved_stages_hold_more() -> None:
-    plain = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="1F1B")
-    interleaved = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="Interleaved1F1B")
+    plain = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="1f1b")
+    interleaved = one_device(degrees=Degrees(1, 1, 1, 2), microbatches=4, schedule="interleaved_1f1b")
     assert ranks(interleaved, 8)[0].in_flight > ranks(plain, 8)[0].in_flight
 
 
 def test_unequal_stages() -> None:
-    layout = one_device(degrees=Degrees(1, 1, 1, 3), microbatches=3, schedule="1F1B")
+    layout = one_device(degrees=Degrees(1, 1, 1, 3), microbatches=3, schedule="1f1b")
     assert [one.num_blocks for one in ranks(layout, 4)] == [2, 1, 1]

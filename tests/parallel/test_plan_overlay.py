@@ -29,7 +29,7 @@ def test_a_batch_is_a_micro_batch_or_all_of_a_pipelines() -> None:
     assert plain["trainer"]["accumulate_grad_batches"] == 3
     assert plain["data"]["init_args"]["batches"]["tokens"] == 4 * 128
     assert plain["model"]["init_args"]["gradient_checkpointing"] is True
-    pipeline = overlay(Layout(Degrees(1, 1, 1, 8), 4, 8, False, "1F1B"), machine("h100-8"), job)
+    pipeline = overlay(Layout(Degrees(1, 1, 1, 8), 4, 8, False, "1f1b"), machine("h100-8"), job)
     assert pipeline["trainer"]["accumulate_grad_batches"] == 1
     assert pipeline["data"]["init_args"]["batches"]["tokens"] == 4 * 8 * 128
     assert pipeline["trainer"]["strategy"]["init_args"]["microbatches"] == 8

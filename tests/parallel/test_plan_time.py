@@ -33,7 +33,7 @@ PROFILE = NetworkProfile(
 
 
 def model(machine: Machine = MACHINE, compiled: bool = False) -> TimeModel:
-    return TimeModel(machine, PARTS, OptimizerCost(0.0, 0.0), "float32", 4, compiled)
+    return TimeModel(machine, PARTS, OptimizerCost(0.0, 0.0), "float32", is_compiled=compiled)
 
 
 def step(layout: Layout, machine: Machine = MACHINE) -> StepTime:
@@ -64,7 +64,7 @@ def test_one_device_computes_and_recomputes() -> None:
     assert step(layout(Degrees(1, 1, 1, 1), recompute=True)).recompute == pytest.approx(4)
 
 
-@pytest.mark.parametrize(("schedule", "chunks"), [("1F1B", 1), ("Interleaved1F1B", 2)])
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved_1f1b", 2)])
 def test_a_pipelines_bubble_is_by_the_formula(schedule: str, chunks: int) -> None:
     found = step(layout(Degrees(1, 1, 1, 2), microbatches=4, schedule=schedule))
     of_work = found.bubble / (found.seconds - found.bubble - found.optimizer)
