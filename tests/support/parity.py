@@ -104,12 +104,12 @@ def assert_parity(
 ) -> None:
     """Fail unless every rank ends with the parameters with which one process ends, and they are not the first ones."""
     num_data_ranks = num_data_ranks or num_ranks
+    torch.manual_seed(0)
+    untrained = make()
+    untrained.configure_model()  # first: what is imported for it now may draw random numbers
     expected = on_one(folder, make, num_data_ranks, steps)
     for found in run_on_ranks(on_a_rank, num_ranks, folder, make, strategy, num_data_ranks, steps):
         assert_close(found, expected)
-    torch.manual_seed(0)
-    untrained = make()
-    untrained.configure_model()
     assert all(
         (one.detach() - expected[name]).abs().max() > 100 * TOLERANCE
         for name, one in untrained.named_parameters()

@@ -96,6 +96,7 @@ def _be_rank(
     os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not lead anywhere
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a command before, to which strategies of several ranks would go back
     rank_zero_only.rank = rank
     torch.set_num_threads(1)
     try:
