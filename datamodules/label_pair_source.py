@@ -19,16 +19,18 @@ ANCHOR, POSITIVE = "anchor", "positive"
 
 @dataclass
 class LabelPairSource(Source):
-    """Rows `{"anchor", "positive"}` of two texts with the same label; each text is once the anchor.
+    """Rows `{"anchor", "positive"}` of two texts with the same label; each text is the anchor of so many others.
 
-    Two rows are each other's positives, or three in a ring where their number is odd. All of these have the origin of
-    the first, so that they are held out together, and no text is on both sides.
+    Rows of a label are put together by one more than that, or two more, where one would be left. Pairs are made among
+    those alone, and all have the origin of the first: they are held out together, and no text is on both sides.
     """
 
     source: Source
     field: str
     label_field: str
     seed: int
+    partners: int = 1
+    """Others that a text is paired with, if there are as many."""
 
     def __post_init__(self) -> None:
         self.name = self.source.name
@@ -58,7 +60,7 @@ class LabelPairSource(Source):
 
     @override
     def digest(self) -> str:
-        return repr((self.source.digest(), self.field, self.label_field, self.seed))
+        return repr((self.source.digest(), self.field, self.label_field, self.seed, self.partners))
 
     @override
     def num_bytes(self) -> int | None:
@@ -69,11 +71,13 @@ class LabelPairSource(Source):
         if len(texts) == 1:
             return [BadRow(texts[0][0], f"the only row with the label {label!r}: there is nothing to pair it with")]
         made: list[Row | BadRow] = []
-        for begin in range(0, len(texts) - 1, 2):
-            group = texts[begin:] if len(texts) - begin == 3 else texts[begin : begin + 2]
+        size, begin = self.partners + 1, 0
+        while begin < len(texts):
+            end = len(texts) if len(texts) - begin == size + 1 else min(begin + size, len(texts))
+            group = texts[begin:end]
             for place, (_, text) in enumerate(group):
-                other = group[(place + 1) % len(group)][1]
-                made.append(Row({ANCHOR: text, POSITIVE: other}, group[0][0]))
-            if len(group) == 3:
-                break
+                for step in range(1, min(self.partners, len(group) - 1) + 1):
+                    other = group[(place + step) % len(group)][1]
+                    made.append(Row({ANCHOR: text, POSITIVE: other}, group[0][0]))
+            begin = end
         return made

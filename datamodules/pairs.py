@@ -45,7 +45,9 @@ class PairData(DocumentData):
     is for `positives: dropout`."""
     label_field: str | None = None
     """Make pairs of rows that have the same value here: the first of `fields` of one with that of another. Always the
-    same pairs for a seed, each row once the anchor."""
+    same pairs for a seed."""
+    partners: int = 1
+    """By label: so many others that each text is paired with. A text is only in training, or only held out."""
     score_field: str | None = None
     """Field with a number that says how alike the first two texts are; only measured, not learned."""
     score_range: tuple[float, float] = (0.0, 1.0)
@@ -60,6 +62,8 @@ class PairData(DocumentData):
             raise ValueError(f"data.fields are {self.fields}, but pairs by label take one: name the text's")
         if self.score_field is not None and self.num_texts == 1:
             raise ValueError("data.score_field tells how alike two texts are, and data.fields names one: name two")
+        if self.partners < 1:
+            raise ValueError(f"data.partners is {self.partners}: a text is paired with one other at least")
         if not low < high:
             raise ValueError(f"data.score_range is {[low, high]}: give the least and the largest score")
         self.longest = self.max_length
@@ -115,4 +119,6 @@ class PairData(DocumentData):
             return sources
         if self._is_streamed(split):
             raise ValueError("pairs by label are made of whole sources: set data.reading.streaming to false")
-        return [LabelPairSource(source, self.fields[0], self.label_field, self.seed) for source in sources]
+        return [
+            LabelPairSource(source, self.fields[0], self.label_field, self.seed, self.partners) for source in sources
+        ]

@@ -216,6 +216,7 @@ class ContrastivePretraining(LanguageModule):
             pairs[:: groups.size],
             pairs[1 :: groups.size],
             groups.digests[: len(pairs)][1 :: groups.size],
+            groups.digests[: len(pairs)][:: groups.size],
             groups.levels if not alone else groups.levels[:0],
         )
 

@@ -5,6 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lightllm.datamodules.files import Cursor
 from lightllm.datamodules.label_pair_source import LabelPairSource
 from lightllm.datamodules.rows import BadRow, Row
@@ -37,6 +39,26 @@ def test_each_text_is_once_the_anchor_of_another_of_its_label(tmp_path: Path) ->
     assert {len(group) for group in groups.values()} == {2, 3}
     lines = [row.origin.line for row in found]
     assert all(lines.index(line) + lines.count(line) - 1 == len(lines) - 1 - lines[::-1].index(line) for line in lines)
+
+
+@pytest.mark.parametrize("partners", [2, 3, 30])
+def test_each_text_has_several_partners_of_its_group(tmp_path: Path, partners: int) -> None:
+    made = source(tmp_path, ROWS)
+    made.partners = partners
+    found = [row for row, _ in made.rows()]
+    groups: dict[int, set[str]] = defaultdict(set)
+    pairs: list[tuple[str, str]] = []
+    for row in found:
+        assert isinstance(row, Row)
+        pairs.append((row.values["anchor"], row.values["positive"]))
+        groups[row.origin.line] |= set(pairs[-1])
+    assert len(set(pairs)) == len(pairs)
+    assert all(anchor != positive for anchor, positive in pairs)
+    assert sum(len(group) for group in groups.values()) == 25
+    for group in groups.values():
+        for text in group:
+            assert sum(anchor == text for anchor, _ in pairs) == min(partners, len(group) - 1) >= 1
+    assert max(map(len, groups.values())) <= partners + 2
 
 
 def test_pairs_are_those_of_the_seed_from_any_row_on(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_pairs_by_label_share_no_text_between_splits(tmp_path: Path) -> None:
         ({"fields": []}, r"data\.fields is empty"),
         ({"fields": ["a", "b"], "label_field": "kind"}, "name the text's"),
         ({"fields": ["a"], "score_field": "score"}, "name two"),
+        ({"fields": ["a"], "label_field": "kind", "partners": 0}, r"data\.partners is 0"),
         ({"score_field": "score", "score_range": (1.0, 1.0)}, r"data\.score_range is \[1.0, 1.0\]"),
     ],
 )

@@ -23,19 +23,23 @@ def test_numbers_are_those_of_a_plain_search() -> None:
     positives[7] = positives[3]  # the same text
     digests = torch.arange(40)
     digests[7] = 3
+    own = 100 + torch.arange(40)
+    own[9] = 20  # this anchor is the positive of another, which would find itself
+    anchors[9] = positives[20]
     levels = torch.arange(40) % 7
     levels[5] = IGNORE_INDEX
     losses = torch.rand(40)
     metrics = EmbeddingMetrics()
     for part in (slice(0, 13), slice(13, 40)):
-        metrics.update(losses[part], anchors[part], positives[part], digests[part], levels[part])
+        metrics.update(losses[part], anchors[part], positives[part], digests[part], own[part], levels[part])
     values = {name: float(value) for name, value in metrics.compute().items()}
     cosines = torch.nn.functional.cosine_similarity(anchors[:, None], positives[None], dim=-1).numpy()
     kept = [index for index in range(40) if index != 7]
     places = []
     for anchor in range(40):
-        own = 3 if anchor == 7 else anchor
-        places.append(1 + sum(cosines[anchor, other] > cosines[anchor, own] for other in kept))
+        right = 3 if anchor == 7 else anchor
+        others = [one for one in kept if (anchor, one) != (9, 20)]
+        places.append(1 + sum(cosines[anchor, other] > cosines[anchor, right] for other in others))
     found = np.array(places)
     assert values["loss"] == pytest.approx(float(losses.mean()))
     assert values["recall_at_1"] == pytest.approx((found <= 1).mean())
@@ -50,5 +54,6 @@ def test_numbers_are_those_of_a_plain_search() -> None:
 def test_texts_without_pairs_have_a_loss_alone() -> None:
     metrics = EmbeddingMetrics()
     none = torch.zeros(0, 3)
-    metrics.update(torch.tensor([1.0, 2.0]), none, none, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    metrics.update(torch.tensor([1.0, 2.0]), none, none, nothing, nothing, nothing)
     assert set(metrics.compute()) == {"loss"}
