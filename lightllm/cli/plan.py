@@ -27,7 +27,9 @@ fits is first; what does not fit says why.
   --write FILE               write the best as an overlay: lightllm fit --config … --config FILE
   --top N                    how many ways to show (12)
 
-The other arguments are those of `lightllm fit`."""
+The other arguments are those of `lightllm fit`. Memory is that of the fullest device; tokens/s are of each device. What
+callbacks do (pruning, quantization) is not counted, of a distillation neither the teacher; every position is taken for
+a target, every row for full."""
 
 
 def main(verb: str, arguments: list[str]) -> int:

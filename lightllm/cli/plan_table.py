@@ -8,6 +8,12 @@ from rich.table import Table
 from lightllm.parallel.machine import GIB
 from lightllm.parallel.plan import Estimate, Planner, reason
 
+PARTS = ("weights", "optimizer", "gradients", "activations", "loss", "working")
+"""What memory is made of, as `MemoryEstimate` names it."""
+
+_WIDE = 140
+"""Characters in a line from which every part has a column of its own."""
+
 
 def print_plan(
     planner: Planner, estimates: list[Estimate], tokens: int, top: int, console: Console | None = None
@@ -22,36 +28,40 @@ def print_plan(
     )
     shown = fitting[:top]
     shown += others[: max(top - len(shown), 3)]
-    console.print(plan_table(planner, shown))
+    console.print(plan_table(planner, shown, console.width >= _WIDE))
+    best = estimates[0]
+    parts = ", ".join(f"{name} {_gib(getattr(best.memory, name))}" for name in PARTS)
+    console.print(f"The first, in GiB of its fullest device at the worst moment: {parts}")
 
 
-def plan_table(planner: Planner, estimates: list[Estimate]) -> Table:
-    """Rows of estimates, with what decides about each."""
-    table = Table(title="Plan", title_justify="left")
-    for name in ("spread", "batch", "recompute"):
-        table.add_column(name)
-    for name in ("GiB", "weights", "optimizer", "gradients", "activations", "loss", "other", "s/step", "tokens/s"):
-        table.add_column(name, justify="right")
+def plan_table(planner: Planner, estimates: list[Estimate], every_part: bool) -> Table:
+    """Rows of estimates, with what decides about each.
+
+    Args:
+        planner: Of which machine.
+        estimates: What is shown.
+        every_part: Whether weights, gradients, … have columns beside their sum.
+    """
+    table = Table()
+    table.add_column("spread")
+    table.add_column("rows", no_wrap=True)
+    for name in ("GiB", *(PARTS if every_part else ()), "s/step", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why")
     for one in estimates:
-        memory = one.memory
-        parts = (
-            memory.peak,
-            memory.weights,
-            memory.optimizer,
-            memory.gradients,
-            memory.activations,
-            memory.loss,
-            memory.working,
-        )
+        parts = [_gib(getattr(one.memory, name)) for name in PARTS] if every_part else []
         table.add_row(
-            one.layout.describe(),
+            one.layout.describe() + (", recomputed" if one.layout.recompute else ""),
             f"{one.layout.rows} x {one.layout.microbatches}",
-            "blocks" if one.layout.recompute else "",
-            *(f"{part / GIB:.3g}" for part in parts),
+            _gib(one.memory.peak),
+            *parts,
             f"{one.time.seconds:.3g}",
             f"{one.tokens_per_second:,.0f}",
             reason(one, planner.machine),
             style=None if one.fits else "dim",
         )
     return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}"

@@ -32,6 +32,8 @@ class Machine:
         efficiency: What share of `teraflops` large products reach.
         reach: What share of a bandwidth large transfers reach.
         reserve: What share of the memory is left free: libraries, fragments.
+        cache: What an operation may read and write to do so at `cache_bandwidth`, in MB; 0 where that is never so.
+        cache_bandwidth: In GB/s.
         kind: `cpu` computes, sends and starts operations one after another; `cuda` at once.
         name: For the table.
 
@@ -52,6 +54,8 @@ class Machine:
     efficiency: float = 0.7
     reach: float = 0.8
     reserve: float = 0.06
+    cache: float = 0.0
+    cache_bandwidth: float = 0.0
     kind: Literal["cuda", "cpu"] = "cuda"
     name: str = ""
 
@@ -83,10 +87,10 @@ class Machine:
         known = self.teraflops.get(dtype) or self.teraflops.get("bfloat16" if dtype == "float16" else "float32")
         return (known or min(self.teraflops.values())) * 1e12 * self.efficiency
 
-    @property
-    def bytes_per_second(self) -> float:
-        """What a device's memory gives."""
-        return self.memory_bandwidth * 1e9 * self.reach
+    def move_seconds(self, size: float) -> float:
+        """How long an operation takes to read and write so many bytes."""
+        bandwidth = self.cache_bandwidth if size < self.cache * 1e6 else self.memory_bandwidth
+        return size / (bandwidth * 1e9 * self.reach)
 
     def describe(self) -> str:
         """A line: `16 x 8 h100, 80 GiB each`."""

@@ -59,12 +59,15 @@ def _cores() -> Machine:
     torch.set_num_threads(1)
     try:
         cpu = torch.device("cpu")
+        cache, cache_bandwidth, memory_bandwidth = _caches()
         link, latency = _link() if cores > 1 and sys.platform == "linux" else (10.0, 100.0)
         return Machine(
             devices=cores,
             memory=device_memory() / cores / GIB,
             teraflops={name: measured_peak(cpu, dtype) / 1e12 for name, dtype in _TYPES.items()},
-            memory_bandwidth=_copies(),
+            memory_bandwidth=memory_bandwidth,
+            cache=cache,
+            cache_bandwidth=cache_bandwidth,
             link=link,
             network=link,
             link_latency=latency,
@@ -90,10 +93,24 @@ def _best(function: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 
-def _copies() -> float:
-    """GB/s of reading and writing, by a sum of two tensors into a third that lie in no cache."""
-    one, two, out = (torch.zeros(_MEGABYTES * 2**18) for _ in range(3))
-    return 3 * 4 * one.numel() / _best(lambda: torch.add(one, two, out=out)) / 1e9
+def _copies(megabytes: float) -> float:
+    """GB/s of an operation that reads and writes so many MB, by a sum of two tensors into a third."""
+    one, two, out = (torch.zeros(int(megabytes * 1e6 / 12)) for _ in range(3))
+
+    def add() -> None:
+        for _ in range(max(1, int(64 / megabytes))):
+            torch.add(one, two, out=out)
+
+    return max(1, int(64 / megabytes)) * 3 * 4 * one.numel() / _best(add) / 1e9
+
+
+def _caches() -> tuple[float, float, float]:
+    """MB that an operation may move within caches, GB/s there, and GB/s of the memory."""
+    slow, fast = _copies(8 * _MEGABYTES), _copies(0.25)
+    size = 0.25
+    while size < 8 * _MEGABYTES and _copies(2 * size) > (slow * fast) ** 0.5:
+        size *= 2
+    return size, max(fast, slow), slow
 
 
 def _start() -> float:

@@ -67,12 +67,12 @@ class TimeModel:
 
     def device_seconds(self, operations: Iterable[Operation]) -> float:
         """How long a device takes for operations, one after another."""
-        rate, speed = self._machine.rate(self._dtype), self._machine.bytes_per_second
+        rate = self._machine.rate(self._dtype)
         busy, count = 0.0, 0
         for operation in operations:
             product = operation.flops > 0
             moved = operation.moved * (1.0 if product or not self._is_compiled else FUSED)
-            busy += max(operation.flops / rate, moved / speed)
+            busy += max(operation.flops / rate, self._machine.move_seconds(moved))
             count += 1
         starts = count * self._machine.start * 1e-6
         return busy + starts if self._machine.kind == "cpu" else max(busy, starts)
@@ -162,7 +162,7 @@ class TimeModel:
     def _optimizer_seconds(self, local: Weights) -> float:
         held = self._optimizer.state * local.trained
         moved = 2 * (local.trained_bytes + held) + 3 * local.trained_bytes  # with clipping's norm and factor
-        return moved / self._machine.bytes_per_second
+        return self._machine.move_seconds(moved)
 
     def _exchanged(self, layout: Layout, local: Weights, profile: NetworkProfile, num_blocks: int) -> float:
         whole = local.bytes * layout.shard

@@ -75,3 +75,10 @@ def test_a_file_that_means_nothing_is_refused(content: str, says: str, tmp_path:
 
 def test_it_is_described_in_a_line() -> None:
     assert machine("h100-8x16").describe() == "16 x 8 h100, 80 GiB each"
+
+
+def test_what_is_small_moves_within_caches() -> None:
+    found = Machine(memory_bandwidth=10.0, cache=1.0, cache_bandwidth=100.0, reach=1.0)
+    assert found.move_seconds(0.5e6) == pytest.approx(0.5e6 / 100e9)
+    assert found.move_seconds(2e6) == pytest.approx(2e6 / 10e9)
+    assert Machine(memory_bandwidth=10.0, reach=1.0).move_seconds(1) == pytest.approx(1e-10)

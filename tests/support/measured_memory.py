@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_allocated(function: Callable[[], object]) -> int:
     """The most bytes at once that `function` had allocated, beyond those that were there before."""
+    gc.collect()  # what others left in cycles is not to be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     results = profiler.profiler.kineto_results  # type: ignore[union-attr]
