@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from lightllm.parallel.stage_states import (
 )
 from lightllm.parallel.staged_network import Cut, StagedNetwork
 from lightllm.parallel.staged_objective import StagedObjective, check_objective
+from lightllm.parallel.states import read_checkpoint
 
 TIMEOUT = timedelta(minutes=10)
 """After which a rank gives up waiting for another."""
@@ -225,8 +227,9 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # The file stays on the disk but for what this rank takes from it.
+        return read_checkpoint(Path(self.broadcast(checkpoint_path)), self._module, self.optimizers)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -9,14 +9,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import run_on_ranks
-from staged_run import assert_same_weights, checkpoint, global_batches, module, read, train
+from staged_run import assert_same_weights, checkpoint, global_batches, module, train
 from tiny_networks import tiny_llama
 from torch.optim import AdamW
 from transformers import LlamaForCausalLM
 
 from lightllm.batch import TextBatch
+from lightllm.checkpoint_io import read_checkpoint
 from lightllm.models import Adapter, LoRA
-from lightllm.parallel import PipelineParallelStrategy
+from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.layout import find_layout
 from lightllm.parallel.stage_states import (
     load_own_optimizer_state,
@@ -29,6 +30,8 @@ from lightllm.parallel.stages import drop_others, make_stages
 
 FIRST, SECOND = global_batches(1, steps=3), global_batches(1, steps=3, seed=100)
 TWO = {"pipeline": 2, "microbatches": 4}
+TENSOR = {"tensor": 2}
+"""Whose checkpoints are folders."""
 FOUR = {"pipeline": 4, "microbatches": 4, "schedule": "gpipe"}
 
 
@@ -43,7 +46,8 @@ def fit(folder: Path, adapter: Adapter | None, batches: list[TextBatch], strateg
     """Part of a run of two epochs, in one process or on a rank."""
     if strategy:
         devices = torch.distributed.get_world_size()
-        run = {"strategy": PipelineParallelStrategy(**strategy), "devices": devices} | run
+        kind = PipelineParallelStrategy if "pipeline" in strategy else ParallelStrategy
+        run = {"strategy": kind(**strategy), "devices": devices} | run
     return train(module(adapter=adapter), batches, folder, max_epochs=2, **run)
 
 
@@ -56,10 +60,10 @@ def two_epochs(folder: Path, adapter: Adapter | None, before: dict[str, Any], af
     for name, batches, strategy, run in parts:
         arguments = (folder / name, adapter, batches, strategy, run)
         if strategy:
-            run_on_ranks(fit, strategy["pipeline"], *arguments, seconds=150)
+            run_on_ranks(fit, strategy.get("pipeline", 2), *arguments, seconds=150)
         else:
             fit(*arguments)
-    return read(folder / "second")
+    return read_checkpoint(checkpoint(folder / "second"))
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -69,7 +73,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return adapter, two_epochs(tmp_path_factory.mktemp("one"), adapter, {}, {})
 
 
-@pytest.mark.parametrize(("before", "after"), [(TWO, {}), ({}, TWO), (TWO, FOUR)])
+@pytest.mark.parametrize(("before", "after"), [(TWO, {}), ({}, TWO), (TWO, FOUR), (TENSOR, TWO), (TWO, TENSOR)])
 def test_a_run_goes_on_under_another_strategy(
     tmp_path: Path, uninterrupted: Any, before: dict[str, Any], after: dict[str, Any]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +50,7 @@ def module(
 ) -> LanguageModule:
     """An objective whose network is still to be built, with the same weights every time."""
     network = scratch(architecture, num_hidden_layers=layers, tie_word_embeddings=tied)
-    settings: dict[str, Any] = {"optimizer": adamw(), "schedule": Schedule("cosine", warmup=2)} | fields
+    settings: dict[str, Any] = {"optimizer": adamw(3e-3), "schedule": Schedule("cosine", warmup=2)} | fields
     if adapter is None:
         return CausalPretraining(network, **settings)
     return FineTuning(network, adapter, **settings)
@@ -83,7 +82,6 @@ def train(
     objective: LanguageModule, batches: list[TextBatch], folder: Path, accumulate: int = ACCUMULATE, **fields: Any
 ) -> dict[str, Any]:
     """Run the batches once, as one epoch; what came of it: losses and validation. A checkpoint is in `folder`."""
-    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: several ranks would be seeded by it, one would not
     torch.manual_seed(0)
     noted = Losses()
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5} | fields
