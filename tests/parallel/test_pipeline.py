@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightllm.batch import TextBatch
 from lightllm.callbacks import GradientNorm, LossSpike, NetworkSize, Throughput
 from lightllm.checkpoint_io import newest_checkpoint, read_entry
-from lightllm.models import Adapter, Frozen, LoRA
+from lightllm.models import Adapter, DoRA, Frozen, LoRA
 from lightllm.parallel import PipelineParallelStrategy
 from lightllm.parallel.schedules import ScheduleName
 
@@ -49,6 +49,15 @@ def test_an_adapter_trains_in_stages(tmp_path: Path, one_process: Reference, sch
 def test_a_stage_of_which_nothing_trains(tmp_path: Path, one_process: Reference) -> None:
     strategy = {"pipeline": 2, "microbatches": 4, "cut": [2, 2]}
     compare_with_one_process(tmp_path, one_process, 2, strategy, "frozen", tied=False, adapter=Frozen(num_blocks=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("recomputed", {"gradient_checkpointing": True}), ("dora", {"adapter": DoRA(rank=4)})],
+)
+def test_what_else_is_one_process(tmp_path: Path, one_process: Reference, name: str, fields: dict[str, Any]) -> None:
+    strategy = {"pipeline": 2, "microbatches": 4, "cut": "parameters"}
+    compare_with_one_process(tmp_path, one_process, 2, strategy, name, **fields)
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
