@@ -1,20 +1,21 @@
 """The planner beside real runs: peak memory of each rank, and whether what it would choose is the fastest.
 
-    python benchmarks/plan.py [--steps 4] [--devices 1 2] [--tokens 2048]
+    python benchmarks/plan.py [--steps 5] [--devices 1 2] [--tokens 2048] [--cpu-time]
 
 A llama of some million weights trains with every spread that this machine's cores allow, the same tokens in every
 optimizer step; each is planned for the machine as `--here` measures it. Both sides use one thread a process. Memory is
-what torch's own profiler counts, time the median step without it. The last lines are JSON.
+what torch's own profiler counts, time the fastest step without it. The last lines are JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from measured_memory import peak_allocated
-from planned_run import Case, train
+from planned_run import Case, StepClock, train
 from ranks import run_on_ranks
 
 from lightllm.cli.planning import job_of
@@ -71,8 +72,8 @@ def strategy(layout: Layout) -> Any:
     return ParallelStrategy(degrees.replicate, layout.shard, degrees.tensor)
 
 
-def run(case: Case, layout: Layout, steps: int, is_profiled: bool) -> float:
-    """On one rank: the peak in bytes, or the seconds of an optimizer step."""
+def run(case: Case, layout: Layout, steps: int, clock: Callable[[], float] | None) -> float:
+    """On one rank: the seconds of an optimizer step, or the peak in bytes where there is no clock."""
     in_step = 1 if layout.schedule else layout.microbatches
     rows = layout.rows * (layout.microbatches if layout.schedule else 1)
     case = replace(case, recompute=layout.recompute, accumulate=in_step)
@@ -80,23 +81,24 @@ def run(case: Case, layout: Layout, steps: int, is_profiled: bool) -> float:
     options = {"devices": layout.degrees.num_data_ranks * layout.degrees.tensor * layout.degrees.pipeline}
 
     def go() -> Any:
-        return train(case, Path(tempfile.mkdtemp()), batches, strategy=strategy(layout), **options)
+        watch = StepClock(clock or time.perf_counter)
+        return train(case, Path(tempfile.mkdtemp()), batches, watch, strategy=strategy(layout), **options)
 
-    if is_profiled:
+    if clock is None:
         return float(peak_allocated(go))
     marks = go().marks[::in_step]
-    return statistics.median(later - earlier for earlier, later in pairwise(marks[1:]))
+    return min(later - earlier for earlier, later in pairwise(marks[1:]))
 
 
-def measured(case: Case, layout: Layout, devices: int, steps: int) -> tuple[int, float]:
+def measured(case: Case, layout: Layout, devices: int, steps: int, clock: Callable[[], float]) -> tuple[int, float]:
     """The peak of the fullest rank, and the time of the slowest."""
     if devices == 1:
-        return int(run(case, layout, 2, True)), run(case, layout, steps, False)
-    peak = max(run_on_ranks(run, devices, case, layout, 2, True, seconds=300.0))
-    return int(peak), max(run_on_ranks(run, devices, case, layout, steps, False, seconds=300.0))
+        return int(run(case, layout, 2, None)), run(case, layout, steps, clock)
+    peak = max(run_on_ranks(run, devices, case, layout, 2, None, seconds=300.0))
+    return int(peak), max(run_on_ranks(run, devices, case, layout, steps, clock, seconds=300.0))
 
 
-def compare(case: Case, machine: Machine, tokens: int, steps: int) -> list[Found]:
+def compare(case: Case, machine: Machine, tokens: int, steps: int, clock: Callable[[], float]) -> list[Found]:
     """Plan and run every layout of a case, but for those of micro-batches of many sizes."""
     job = job_of(case.module(), case.length, None, case.precision, machine)
     found = []
@@ -107,7 +109,7 @@ def compare(case: Case, machine: Machine, tokens: int, steps: int) -> list[Found
             continue
         if layout.schedule and layout.microbatches > 2 * layout.degrees.pipeline:
             continue
-        peak, seconds = measured(case, layout, machine.world_size, steps)
+        peak, seconds = measured(case, layout, machine.world_size, steps, clock)
         found.append(Found(case.name, estimate, peak, seconds))
         print(
             f"{case.name}, {layout.describe()}, {layout.rows} x {layout.microbatches}"
@@ -124,7 +126,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--cpu-time", action="store_true", help="of all threads, where others use the machine too")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     here = machine_here()
@@ -132,7 +136,7 @@ def main() -> None:
     for devices in options.devices:
         machine = replace(here, devices=devices)
         for case in CASES:
-            found = compare(case, machine, options.tokens, options.steps)
+            found = compare(case, machine, options.tokens, options.steps, clock)
             errors += [abs(one.estimate.memory.peak / one.peak - 1) for one in found]
             chosen = min(found, key=lambda one: one.estimate.time.seconds)
             fastest = min(one.seconds for one in found)

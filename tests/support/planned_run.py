@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,18 +93,21 @@ class Case:
 class StepClock(Callback):
     """Seconds from the start of one batch to the start of the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.marks: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
         if not self.marks:
             gc.collect()  # what building left behind in cycles
-        self.marks.append(time.perf_counter())
+        self.marks.append(self.clock())
 
 
-def train(case: Case, folder: Path, batches: Sequence[TextBatch], **trainer: Any) -> StepClock:
+def train(
+    case: Case, folder: Path, batches: Sequence[TextBatch], clock: StepClock | None = None, **trainer: Any
+) -> StepClock:
     """Train for real; the times of its steps."""
-    clock = StepClock()
+    clock = clock or StepClock()
     torch.manual_seed(0)
     made = Trainer(
         default_root_dir=folder,
