@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightllm.models.document_attention import implementation_for
-from lightllm.models.network import Attention, BuildRequest, Dtype, Network, torch_dtype
+from lightllm.models.network import Attention, BuildRequest, Dtype, Network, are_weights_to_come, torch_dtype
 from lightllm.models.pretrained import AUTO_CLASSES, architecture_for, require_masked_head
 
 _LLAMA = {"model_type": "llama", "rope_theta": 10_000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True}
@@ -82,9 +84,10 @@ class FromConfig(Network):
         architecture = architecture_for(config, request.task)
         require_masked_head(self.architecture, architecture, request.task)
         attention = implementation_for(self.attention, architecture)
-        network = AUTO_CLASSES[request.task].from_config(  # type: ignore[attr-defined]
-            config, dtype=torch_dtype(self.dtype), attn_implementation=attention
-        )
+        with torch.device("meta") if are_weights_to_come() else nullcontext():
+            network = AUTO_CLASSES[request.task].from_config(  # type: ignore[attr-defined]
+                config, dtype=torch_dtype(self.dtype), attn_implementation=attention
+            )
         assert isinstance(network, nn.Module)
         return network
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,6 +51,28 @@ class Network(ABC):
         Raises:
             ValueError: The network cannot serve the request; the message says why.
         """
+
+
+_LATER: ContextVar[bool] = ContextVar("weights_come_later", default=False)
+
+
+@contextmanager
+def weights_come_later(later: bool) -> Iterator[None]:
+    """Within it, transformers networks are built without weights, on the meta device: another process sends them.
+
+    Args:
+        later: Whether it is so; otherwise nothing changes.
+    """
+    token = _LATER.set(later)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+
+
+def are_weights_to_come() -> bool:
+    """Whether a network is to be built without weights, see `weights_come_later`."""
+    return _LATER.get()
 
 
 def torch_dtype(name: Dtype) -> torch.dtype | Literal["auto"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,7 +25,15 @@ from lightllm.models.document_attention import implementation_for
 from lightllm.models.inference import own_random_numbers
 from lightllm.models.load import check_checkpoint_name, resolve_checkpoint
 from lightllm.models.low_bit import keep_differentiable
-from lightllm.models.network import Attention, BuildRequest, Dtype, Network, Task, torch_dtype
+from lightllm.models.network import (
+    Attention,
+    BuildRequest,
+    Dtype,
+    Network,
+    Task,
+    are_weights_to_come,
+    torch_dtype,
+)
 from lightllm.models.progress import no_progress_bars
 
 AUTO_CLASSES: dict[Task, type] = {
@@ -95,6 +104,8 @@ class Pretrained(Network):
         architecture = architecture_for(config, request.task)
         if request.task == "causal":
             _refuse_encoder(self.name, config, architecture)
+        if are_weights_to_come() and request.quantization is None:
+            return self._without_weights(checkpoint, config, request.task, architecture)
         require_masked_head(self.name, architecture, request.task, self.trust_remote_code)
         # What is downloaded shows how far it is; what is read from the disk takes a moment. A head that the checkpoint
         # does not have begins with random weights, and with the same ones every time: see `restorable`.
@@ -113,6 +124,24 @@ class Pretrained(Network):
             )
         assert isinstance(network, nn.Module)
         return keep_differentiable(network)
+
+    def _without_weights(
+        self, checkpoint: str, config: PreTrainedConfig, task: Task, architecture: type[PreTrainedModel] | None
+    ) -> nn.Module:
+        """The same network on the meta device; where the dtype is the weights' own, it may be another one."""
+        dtype = torch_dtype(self.dtype)
+        with torch.device("meta"):
+            network = AUTO_CLASSES[task].from_config(  # type: ignore[attr-defined]
+                config,
+                dtype=(config.dtype or torch.float32) if isinstance(dtype, str) else dtype,
+                attn_implementation=implementation_for(self.attention, architecture),
+                trust_remote_code=self.trust_remote_code,
+            )
+        assert isinstance(network, PreTrainedModel)
+        if network.can_generate():
+            with suppress(OSError):  # few checkpoints have none
+                network.generation_config = GenerationConfig.from_pretrained(checkpoint, revision=self.revision)
+        return network
 
 
 def architecture_for(config: PreTrainedConfig, task: Task) -> type[PreTrainedModel] | None:

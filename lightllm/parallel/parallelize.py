@@ -52,11 +52,14 @@ def parallelize(module: LightningModule, mesh: DeviceMesh, spread: Spread, devic
         ValueError: It cannot be spread so; the message says why.
     """
     networks = networks_of(module)
+    _agree(module)
     whole = _whole_weights(module) if torch.distributed.get_rank() == 0 else {}
     if mesh["tensor"].size() > 1:
         split_layers(networks[0], mesh["tensor"], spread.tensor_plan)
     if mesh[DATA_AXES].size() > 1:
         shard(module, networks, mesh, spread.sharding)
+    if any(tensor.is_meta for _, tensor in _named_tensors(module)):
+        module.to_empty(device=torch.device("cpu") if spread.sharding.cpu_offload else device)
     hand_out(module, whole, device)
 
 
@@ -91,6 +94,27 @@ def put_in(part: Tensor, full: Tensor) -> None:
     local = part.to_local()
     full = full.to(local.device, local.dtype)
     local.copy_(distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=None).to_local())
+
+
+@torch.no_grad()
+def _agree(module: nn.Module) -> None:
+    """Refuse ranks with different networks; one that is still without weights takes the first rank's dtypes.
+
+    Raises:
+        RuntimeError: They have; the message names a tensor.
+    """
+    mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _named_tensors(module)}
+    sent = [mine]
+    torch.distributed.broadcast_object_list(sent, 0)
+    for name in sorted({*mine, *sent[0]}):
+        if name not in mine or name not in sent[0] or mine[name][0] != sent[0][name][0]:
+            raise RuntimeError(
+                f"{name} is {mine.get(name)} on rank {torch.distributed.get_rank()} and {sent[0].get(name)} on the "
+                "first: every rank must build the same network"
+            )
+    for name, tensor in _named_tensors(module):
+        if tensor.is_meta and tensor.dtype != sent[0][name][1]:
+            tensor.data = tensor.to(sent[0][name][1])
 
 
 def _whole_weights(module: nn.Module) -> dict[str, Tensor]:

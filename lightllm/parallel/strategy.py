@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightllm.models.adapters import Adapter
+from lightllm.models.network import weights_come_later
 from lightllm.models.transformation import Transformation
 from lightllm.parallel.clipping import clip_to, gradient_norm
 from lightllm.parallel.composition import check_composition
@@ -62,6 +64,7 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
         self.degrees = Degrees(replicate, shard, tensor)
         self.spread = Spread(sharding or Sharding(), tensor_plan)
         self._spread_module: nn.Module | None = None
+        self._first_rank_loads = False
 
     @property
     @override
@@ -76,6 +79,8 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     @override
     def check_composition(self, adapter: Adapter, transformations: Sequence[Transformation]) -> None:
         check_composition(self.degrees, adapter, transformations)
+        # Transformations look at weights. Ranks of a tensor group must draw the same random numbers, loading included.
+        self._first_rank_loads = not transformations and self.degrees.tensor == 1
 
     @override
     def clip_gradients(self, parameters: Iterable[nn.Parameter], largest_norm: float) -> None:
@@ -94,6 +99,13 @@ class ParallelStrategy(ModelParallelStrategy, SpreadsWeights):
             self._device_mesh = device_mesh(self.degrees, self.root_device.type)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        # The others have no weights before they have their parts.
+        with weights_come_later(self._first_rank_loads and not self.is_global_zero):
+            yield
 
     @override
     def setup(self, trainer: Trainer) -> None:
