@@ -9,16 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import save_small_network
 from killable_run import Recipe, equal, make_material
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import kill_rank, run_on_ranks
-from staged_run import Reference, compare_with_one_process, fit, global_batches, module, train
+from staged_run import (
+    Reference,
+    assert_same_weights,
+    compare_with_one_process,
+    fit,
+    global_batches,
+    module,
+    read,
+    train,
+)
+from tiny_objective import adamw
 from torch.optim import Optimizer
 
 from lightllm.batch import TextBatch
 from lightllm.callbacks import GradientNorm, LossSpike, NetworkSize, Throughput
 from lightllm.checkpoint_io import newest_checkpoint, read_entry
-from lightllm.models import Adapter, DoRA, Frozen, LoRA
+from lightllm.models import Adapter, DoRA, Frozen, LoRA, Pretrained, QLoRA
+from lightllm.modules import FineTuning
 from lightllm.parallel import PipelineParallelStrategy
 from lightllm.parallel.schedules import ScheduleName
 
@@ -58,6 +70,23 @@ def test_a_stage_of_which_nothing_trains(tmp_path: Path, one_process: Reference)
 def test_what_else_is_one_process(tmp_path: Path, one_process: Reference, name: str, fields: dict[str, Any]) -> None:
     strategy = {"pipeline": 2, "microbatches": 4, "cut": "parameters"}
     compare_with_one_process(tmp_path, one_process, 2, strategy, name, **fields)
+
+
+def in_4_bits(folder: Path, network: Path, batches: list[TextBatch], strategy: dict[str, Any] | None) -> Any:
+    """A run of an adapter over weights of 4 bits, in one process or on a rank."""
+    objective = FineTuning(Pretrained(str(network)), QLoRA(rank=4, compute_dtype="float32"), optimizer=adamw(3e-3))
+    if strategy is None:
+        return train(objective, batches, folder)
+    return train(objective, batches, folder, strategy=PipelineParallelStrategy(**strategy), devices=2)
+
+
+def test_4_bit_weights_are_cut_like_others(tmp_path: Path) -> None:
+    network, batches = save_small_network(tmp_path / "network"), global_batches(1, steps=4)
+    expected = in_4_bits(tmp_path / "one", network, batches, None)
+    for rank in run_on_ranks(in_4_bits, 2, tmp_path / "two", network, batches, {"pipeline": 2, "microbatches": 4}):
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert rank["validation"] == pytest.approx(expected["validation"], rel=1e-5)
+    assert_same_weights(read(tmp_path / "two")["state_dict"], read(tmp_path / "one")["state_dict"])
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
