@@ -49,7 +49,9 @@ def network_of(config: PreTrainedConfig, task: Task, dtype: torch.dtype, attenti
 def _configuration(network: Network, vocabulary: int | None) -> tuple[PreTrainedConfig, torch.dtype]:
     """The transformers configuration, and the type of the weights."""
     if isinstance(network, FromConfig):
-        fields = network.fields if vocabulary is None else {"vocab_size": vocabulary, **network.fields}
+        # The tokenizer says which token is padding; an architecture's own choice may be beyond this vocabulary.
+        taken_over = {} if vocabulary is None else {"vocab_size": vocabulary, "pad_token_id": 0}
+        fields = {**taken_over, **network.fields}
         dtype = torch_dtype(network.dtype)
         config = FromConfig(network.architecture, fields).configuration(None)
         return config, torch.float32 if dtype == "auto" else dtype

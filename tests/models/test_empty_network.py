@@ -35,6 +35,11 @@ def test_the_datas_vocabulary_counts_unless_the_configuration_has_its_own() -> N
         empty_network(FromConfig("llama", SMALL), "causal")
 
 
+def test_an_architecture_whose_own_padding_is_beyond_the_datas_vocabulary() -> None:
+    network = FromConfig("modernbert", {**SMALL})
+    assert empty_network(network, "masked", 70).get_input_embeddings().num_embeddings == 70  # type: ignore[operator]
+
+
 def test_pretrained_and_some_layers_of_it(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     for network in (Pretrained(folder), Pretrained(folder, dtype="bfloat16"), EveryNthLayer(folder, step=2)):
