@@ -13,8 +13,8 @@ def test_the_tests_that_the_table_of_strategies_names_are_there() -> None:
     named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
     assert len(named) > 10
     for file, function in named:
-        (path,) = (ROOT / "tests").rglob(file)
-        assert f"def {function}(" in path.read_text(encoding="utf-8"), f"{file} has no {function}"
+        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
+        assert any(f"def {function}(" in text for text in texts), f"{file} has no {function}"
 
 
 def test_the_overlays_that_it_names_are_there() -> None:

@@ -60,9 +60,10 @@ def layout_of(trainer: Trainer, rows: int, recompute: bool) -> Layout:
     """How a trainer spreads batches of so many rows."""
     strategy, accumulate = trainer.strategy, trainer.accumulate_grad_batches
     if isinstance(strategy, PipelineParallelStrategy):
-        plan, tensor = strategy.plan, strategy.degrees.tensor
-        copies = trainer.world_size // plan.num_ranks // tensor
-        degrees = Degrees(copies, 1, tensor, plan.num_ranks)
+        plan, degrees = strategy.plan, strategy.degrees
+        shard = 1 if degrees.shard == "auto" else degrees.shard
+        copies = trainer.world_size // plan.num_ranks // degrees.tensor // shard
+        degrees = Degrees(copies, shard, degrees.tensor, plan.num_ranks)
         size = -(-rows // plan.microbatches)
         return Layout(degrees, size, plan.microbatches * accumulate, recompute, plan.name)
     if isinstance(strategy, ParallelStrategy):

@@ -24,6 +24,7 @@ from lightllm.models.pooling import (
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.class_metrics import ClassMetrics
 from lightllm.modules.text_groups import at_labels, classes_of_texts
+from lightllm.parallel.spreading import require_equal_calls
 
 
 class SequenceClassification(LanguageModule):
@@ -63,6 +64,7 @@ class SequenceClassification(LanguageModule):
 
     @override
     def setup(self, stage: str) -> None:
+        require_equal_calls(self.trainer.strategy, "SequenceClassification", "keeps what a frozen network gave")
         super().setup(stage)
         self.classes = list(getattr(getattr(self.trainer, "datamodule", None), "classes", self.classes))
 

@@ -21,6 +21,7 @@ from lightllm.modules.embedding_metrics import EmbeddingMetrics
 from lightllm.modules.gathering import gather_rows
 from lightllm.modules.text_groups import TextGroups, rows_by, text_groups
 from lightllm.parallel.data_ranks import num_data_ranks
+from lightllm.parallel.spreading import require_equal_calls
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class ContrastivePretraining(LanguageModule):
 
     @override
     def setup(self, stage: str) -> None:
+        require_equal_calls(self.trainer.strategy, "ContrastivePretraining", "embeds rows a few at a time")
         super().setup(stage)
         self.text_length = getattr(getattr(self.trainer, "datamodule", None), "max_length", self.text_length)
         if self.network is not None:

@@ -26,10 +26,11 @@ from lightllm.models.network import Network
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.cached_teacher import Answers, CachedTeacher, TeacherCache, check_cachable
 from lightllm.modules.inner_losses import EmbeddingLoss, HiddenStateLoss, InnerLosses, RelationLoss
-from lightllm.modules.on_policy import OnPolicy, check_answers, check_whole_network, own_answers
+from lightllm.modules.on_policy import OnPolicy, check_answers, own_answers
 from lightllm.modules.other_tokenizer import Counterpart, OtherTokenizer
 from lightllm.modules.teacher_network import build_teacher, translator
 from lightllm.modules.token_metrics import TokenMetrics, sum_dtype
+from lightllm.parallel.spreading import require_equal_calls
 from lightllm.teaching.key import Lesson
 
 Knowledge = Tensor | Answers | Counterpart
@@ -142,7 +143,7 @@ class Distillation(LanguageModule):
         if self.network is not None:
             return
         if self.on_policy is not None and self._trainer is not None:
-            check_whole_network(self.trainer.strategy)
+            require_equal_calls(self.trainer.strategy, "on_policy", "has every rank write answers of its own length")
         super().configure_model()
         if self._trainer is None:
             return

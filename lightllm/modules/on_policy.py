@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +13,6 @@ from lightllm.batch import IGNORE_INDEX, PADDING_DOCUMENT, Document, TextBatch, 
 from lightllm.generate import Decoding, generate_ids
 from lightllm.generate.batches import check_generates
 from lightllm.models.anatomy import max_positions
-from lightllm.parallel.spreading import SpreadsWeights
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,6 @@ class OnPolicy:
     def decoding(self, seed: int) -> Decoding:
         """How tokens are chosen."""
         return Decoding(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
-
-
-def check_whole_network(strategy: Strategy) -> None:
-    """Refuse a strategy under which ranks cannot write answers of unequal length.
-
-    Raises:
-        ValueError: It spreads the weights, so that ranks have to work in step.
-    """
-    if isinstance(strategy, SpreadsWeights):
-        raise ValueError(
-            f"on_policy has the student write, and under {type(strategy).__name__} all ranks would have to write "
-            "equally long: leave on_policy out, or train with strategy ddp"
-        )
 
 
 def check_answers(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -27,6 +27,7 @@ from lightllm.models.pooling import (
 from lightllm.modules.base import LanguageModule, Loss
 from lightllm.modules.class_metrics import ClassMetrics
 from lightllm.modules.text_groups import at_labels, classes_of_texts
+from lightllm.parallel.spreading import require_equal_calls
 
 
 class Episode(NamedTuple):
@@ -88,6 +89,7 @@ class PrototypicalNetwork(LanguageModule):
 
     @override
     def setup(self, stage: str) -> None:
+        require_equal_calls(self.trainer.strategy, "PrototypicalNetwork", "embeds its shots between the steps")
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
         self.episodic = getattr(datamodule, "ways", None) is not None

@@ -59,13 +59,21 @@ def parallelize(module: LightningModule, mesh: DeviceMesh, spread: Spread, devic
     if mesh[DATA_AXES].size() > 1:
         shard(module, networks, mesh, spread.sharding)
     if any(tensor.is_meta for _, tensor in _named_tensors(module)):
-        module.to_empty(device=torch.device("cpu") if spread.sharding.cpu_offload else device)
+        give_room(module, torch.device("cpu") if spread.sharding.cpu_offload else device)
     hand_out(module, whole, device)
 
 
 def networks_of(module: nn.Module) -> list[nn.Module]:
     """The networks with blocks among a module's children, in the order in which they were built."""
     return [child for child in module.children() if isinstance(unwrapped(child), (PreTrainedModel, OwnNetwork))]
+
+
+def give_room(module: nn.Module, device: torch.device) -> None:
+    """Have every tensor of a module that is on the meta device hold something, whatever; the others stay as they are.
+
+    Torch's own `to_empty` would also forget tensors that hold something, and what metrics begin with.
+    """
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 @torch.no_grad()

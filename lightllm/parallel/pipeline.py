@@ -135,7 +135,8 @@ class PipelineParallelStrategy(ModelParallelStrategy, SpreadsWeights):
     @override
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         wanted = {id(one) for one in parameters}
-        square = gradient_norm(one for one in self.staged.counted_once if id(one) in wanted).square()
+        norm = gradient_norm(one for one in self.staged.counted_once if id(one) in wanted)
+        square = norm.square().to(self.root_device)  # where a rank has no such gradient, its norm is on the CPU
         torch.distributed.all_reduce(square, group=self._pipeline_group)
         return square.sqrt()
 

@@ -6,7 +6,7 @@ and the rest is arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -166,8 +166,3 @@ def reason(estimate: Estimate, machine: Machine) -> str:
     }
     told = [f"{value / time.seconds:.0%} {name}" for name, value in shares.items() if value > 0.02 * time.seconds]
     return ", ".join(told) or "computes nearly all the time"
-
-
-def with_devices(machine: Machine, devices: int | None, nodes: int | None) -> Machine:
-    """The same machine with other numbers of devices and nodes, where they are given."""
-    return replace(machine, devices=devices or machine.devices, nodes=nodes or machine.nodes)

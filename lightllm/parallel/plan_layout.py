@@ -69,8 +69,7 @@ def layouts(
             data = machine.world_size // tensor // pipeline
             if pipeline > len(parts.blocks) or step_rows % data:
                 continue
-            # Stages of a pipeline are copied whole to other data ranks.
-            for shard in sorted({1, data, _within_node(machine, tensor, data)} if pipeline == 1 else {1}):
+            for shard in sorted({1, data, _within_node(machine, tensor, data)} if pipeline == 1 else {1, data}):
                 degrees = Degrees(data // shard, shard, tensor, pipeline)
                 yield from _cut(degrees, len(parts.blocks), step_rows // data, schedules)
 

@@ -49,5 +49,6 @@ def strategy(layout: Layout) -> str | dict[str, Any]:
         spread = {"replicate": degrees.replicate, "shard": layout.shard, "tensor": degrees.tensor}
         return {"class_path": "lightllm.parallel.ParallelStrategy", "init_args": spread}
     pipeline = {"pipeline": degrees.pipeline, "microbatches": layout.microbatches, "schedule": layout.schedule}
-    tensor = {} if degrees.tensor == 1 else {"tensor": degrees.tensor}
-    return {"class_path": "lightllm.parallel.PipelineParallelStrategy", "init_args": {**pipeline, **tensor}}
+    within = {"shard": layout.shard, "tensor": degrees.tensor}
+    others = {name: degree for name, degree in within.items() if degree > 1}
+    return {"class_path": "lightllm.parallel.PipelineParallelStrategy", "init_args": {**pipeline, **others}}

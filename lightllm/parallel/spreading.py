@@ -56,6 +56,24 @@ def require_network(strategy: Strategy, name: str, why: str) -> None:
         )
 
 
+def require_equal_calls(strategy: Strategy, name: str, why: str) -> None:
+    """Refuse a part whose ranks call the network unequally often, where its layers are gathered when they run.
+
+    Args:
+        strategy: The trainer's.
+        name: The part's.
+        why: What its ranks do, to follow its name.
+
+    Raises:
+        ValueError: A rank would wait for layers of another that is not there.
+    """
+    if isinstance(strategy, SpreadsWeights):
+        raise ValueError(
+            f"{name} {why}, and under {type(strategy).__name__} ranks have to call the network equally often: train "
+            f"with strategy ddp, or without {name}"
+        )
+
+
 @contextmanager
 def as_in_a_step(module: nn.Module) -> Iterator[None]:
     """Within it, a network can be used as within a training step, though its weights are sharded.

@@ -11,13 +11,31 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lightllm.parallel import Degrees, Sharding
 from lightllm.parallel.degrees import device_mesh
-from lightllm.parallel.parallelize import Spread, networks_of, parallelize, put_in
+from lightllm.parallel.parallelize import Spread, give_room, networks_of, parallelize, put_in
 
 CPU = torch.device("cpu")
 
 
 def mesh(degrees: Degrees) -> DeviceMesh:
     return device_mesh(degrees.resolved(torch.distributed.get_world_size()), "cpu")
+
+
+def test_only_what_has_no_content_is_given_room() -> None:
+    module = objective()
+    module.configure_model()
+    module.metrics.update(*torch.ones(4))
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.built_network.get_submodule("model.layers.0").to("meta")
+    give_room(module, CPU)
+    found = module.state_dict()
+    assert not any(tensor.is_meta for tensor in found.values())
+    others = [name for name in kept if "layers.0." not in name]
+    assert 0 < len(others) < len(kept)
+    assert all(torch.equal(found[name], kept[name]) for name in others)
+    assert module.metrics.compute()["loss"] == 1.0
+    module.metrics.reset()
+    module.metrics.update(*torch.full((4,), 2.0))
+    assert module.metrics.num_targets == 2.0, "metrics begin where they began"
 
 
 def from_other_weights(degrees: Degrees) -> tuple[dict[str, Tensor], int]:

@@ -14,7 +14,13 @@ from tiny_run import tiny_trainer
 
 from lightllm.callbacks import BeforeAndAfter, Predictions, SampleGenerations
 from lightllm.generate import Decoding
-from lightllm.modules import Distillation, OnPolicy
+from lightllm.modules import (
+    ContrastivePretraining,
+    Distillation,
+    OnPolicy,
+    PrototypicalNetwork,
+    SequenceClassification,
+)
 from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.spreading import as_in_a_step
 
@@ -56,8 +62,19 @@ def test_ranks_that_would_not_work_in_step_are_refused(tmp_path: Path) -> None:
         Predictions("generations").setup(trainer, objective(), "predict")
     module = Distillation(scratch(), teacher=scratch(), on_policy=OnPolicy())
     module.trainer = trainer
-    with pytest.raises(ValueError, match=r"on_policy has the student write, and under ParallelStrategy"):
+    with pytest.raises(ValueError, match=r"on_policy has every rank write answers .*, and under ParallelStrategy"):
         module.configure_model()
+
+
+@pytest.mark.parametrize("objective_class", [ContrastivePretraining, SequenceClassification, PrototypicalNetwork])
+@pytest.mark.parametrize("strategy", [ParallelStrategy, lambda: PipelineParallelStrategy(2, 4)])
+def test_objectives_whose_ranks_call_the_network_unequally_often_are_refused(
+    objective_class: Any, strategy: Any, tmp_path: Path
+) -> None:
+    module = objective_class(scratch())
+    module.trainer = tiny_trainer(tmp_path, [], strategy=strategy())
+    with pytest.raises(ValueError, match=rf"{objective_class.__name__} .* equally often: train with strategy ddp"):
+        module.setup("fit")
 
 
 def measure_before_and_after(material: Path, run: Path, strategy: Any) -> None:
