@@ -146,21 +146,35 @@ class _PlainReader(FileSystemReader):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows the classes of which torch's table of contents is made, and functions that make nothing else."""
+    """Knows the classes of which torch's table of contents is made, and functions that make nothing else.
+
+    Each by its whole name: a name with dots would lead from a known module to whatever that one has imported.
+    """
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known or dtype or (module, name) in _KNOWN:
+        if dtype or (module, name) in _KNOWN:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's table of contents has a {module}.{name}: it is not from torch")
 
 
+_METADATA = "torch.distributed.checkpoint.metadata"
 _KNOWN = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),  # their names in Python 3.13
+    ("pathlib._local", "WindowsPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }

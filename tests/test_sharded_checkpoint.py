@@ -79,16 +79,26 @@ class Code:
         return print, ("code in a checkpoint was run",)
 
 
-def test_reading_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls what has the name in the module, which may be one with dots."""
+    texts = (b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name, argument))
+    return b"\x80\x04" + next(texts) + next(texts) + b"\x93" + next(texts) + b"\x85R."
+
+
+def test_reading_runs_no_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.ckpt"
     run_on_ranks(write, 1, path, [Shard(0)])
     (path / ".metadata").write_bytes(pickle.dumps(Code()))
     with pytest.raises(pickle.UnpicklingError, match=r"has a builtins.print: it is not from torch"):
         read_sharded(path)
+    for module in ("filesystem", "metadata"):  # by way of what a known module has imported
+        (path / ".metadata").write_bytes(call(f"torch.distributed.checkpoint.{module}", "os.system", "echo was run"))
+        with pytest.raises(pickle.UnpicklingError, match=rf"has a torch.*{module}.os.system: it is not from torch"):
+            read_sharded(path)
     torch.save({"global_step": Code()}, path / META)
     with pytest.raises(pickle.UnpicklingError):
         read_sharded(path)
-    assert "was run" not in capsys.readouterr().out
+    assert "was run" not in capfd.readouterr().out
 
 
 def test_what_is_not_complete_is_refused(tmp_path: Path) -> None:
