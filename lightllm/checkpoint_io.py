@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightllm.sharded_checkpoint import META, link_folder, read_sharded, replace_folder
+from lightllm.sharded_checkpoint import META, flush_to_disk, link_folder, read_sharded, replace_folder, restore_former
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         _replace(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-        _flush_to_disk(Path(path).parent)
+        flush_to_disk(Path(path).parent)
 
     @override
     def load_checkpoint(
@@ -86,7 +86,8 @@ def alias_checkpoint(path: str | Path, name: str) -> Path:
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove what a killed process left half written; what it was about to replace keeps its name."""
+    restore_former(folder)
     for leftover in Path(folder).glob("*.ckpt.tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -99,7 +100,7 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         if temporary.stat().st_nlink == 1:  # a further name's bytes are on the disk already
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
         if target.is_dir():  # a sharded checkpoint of this name, from before
             replace_folder(temporary, target)
         else:
@@ -111,17 +112,6 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp-{os.getpid()}")
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, would survive a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

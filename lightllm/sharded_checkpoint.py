@@ -13,6 +13,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from typing_extensions import override
 
 META = "meta.pt"
 """The file of everything that is no tensor of weights or optimizers; the last to be written."""
+
+FORMER = ".tmp-former"
+"""What is added to the name of a checkpoint while another takes its place."""
 
 Template = Callable[[str, torch.Size], Tensor | None]
 """What a tensor of a name and shape is read into: one of whose layout a rank reads its part, or None for all of it."""
@@ -49,6 +53,8 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, barrier: Callable[[], 
     save(tensors, storage_writer=FileSystemWriter(temporary))
     if first:
         torch.save(rest, temporary / META)
+        flush_to_disk(temporary / META)
+        flush_to_disk(temporary)
         replace_folder(temporary, path)
     barrier()
 
@@ -82,15 +88,49 @@ def read_sharded(path: Path, template: Template = lambda name, size: None, alone
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Put a finished folder in the place of what has the name now, or a finished file in that of a folder."""
-    former = path.with_name(f"{path.name}.tmp-former")
-    shutil.rmtree(former, ignore_errors=True)
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
+    """Put a finished folder in the place of what has the name now, or a finished file in that of a folder.
+
+    A crash in between leaves what had the name as `*.tmp-former`: `restore_former` gives it its name again.
+    """
+    former = path.with_name(f"{path.name}{FORMER}")
+    _remove(former)
+    if path.is_symlink() or path.exists():
         path.rename(former)
     temporary.rename(path)
-    shutil.rmtree(former, ignore_errors=True)
+    flush_to_disk(path.parent)
+    _remove(former)
+
+
+def restore_former(folder: str | Path) -> None:
+    """Give what was about to be replaced its name again, where a crash came before the new one had it.
+
+    Only while no process writes there, and before what to go on from is chosen. Several ranks may call it at once.
+    """
+    for former in Path(folder).glob(f"*{FORMER}"):
+        path = former.with_name(former.name.removesuffix(FORMER))
+        if not path.exists():
+            with suppress(FileNotFoundError):  # another rank did it
+                former.rename(path)
+            flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, would survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from lightllm.checkpoint_io import (
     newest_checkpoint,
     remove_temporaries,
 )
+from lightllm.sharded_checkpoint import replace_folder, restore_former
 
 
 def save(path: Path, step: int, size: int = 10) -> Path:
@@ -190,3 +191,31 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "step=3.ckpt.tmp-parts" / "__0_0.distcp").write_bytes(b"half")
     remove_temporaries(tmp_path)
     assert os.listdir(tmp_path) == [good.name]
+
+
+def sharded(path: Path, step: int) -> Path:
+    path.mkdir()
+    torch.save({"global_step": step}, path / "meta.pt")
+    return path
+
+
+def test_what_was_about_to_be_replaced_gets_its_name_again(tmp_path: Path) -> None:
+    sharded(tmp_path / "last.ckpt.tmp-former", 3)  # killed between the two renames
+    sharded(tmp_path / "last.ckpt.tmp-parts", 4)
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+    sharded(tmp_path / "last.ckpt.tmp-former", 2)  # killed after both
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt" / "meta.pt")["global_step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_replacement_that_fails_leaves_the_former_whole(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "a.ckpt", 1) if kind == "file" else sharded(tmp_path / "a.ckpt", 1)
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "gone", path)
+    assert newest_checkpoint(tmp_path) is None
+    restore_former(tmp_path)
+    assert newest_checkpoint(tmp_path) == path

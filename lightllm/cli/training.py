@@ -15,6 +15,7 @@ from lightllm.cli.errors import run_explained
 from lightllm.cli.memory_warning import warn_of_memory
 from lightllm.cli.teach import naming_the_command
 from lightllm.runs import RunFolder
+from lightllm.sharded_checkpoint import restore_former
 
 AUTO = "auto"
 
@@ -31,6 +32,7 @@ def _fit(arguments: list[str]) -> int:
         run = RunFolder(resume).require()
         arguments = ["--config", str(run.config), *arguments]
     command = TrainingCommand("fit", found_configs(arguments), run, go_on=resume == AUTO)
+    restore_former(command.run_folder.checkpoints)
     checkpoint = None if command.is_new else newest_checkpoint(command.run_folder.checkpoints)
     _read_records(command, checkpoint)
     try:

@@ -17,6 +17,7 @@ from command_line import lightllm, refused
 
 from lightllm.cli import main
 from lightllm.models import Pretrained
+from lightllm.runs import RunFolder
 
 
 def curve(run: Path, name: str) -> dict[int, float]:
@@ -89,6 +90,21 @@ def test_resume_auto_begins_a_run_and_then_goes_on_with_it(material: Any, workpl
         lightllm("fit", "--resume", "auto", "--config", material.recipe, "--trainer.max_steps", steps)
     assert os.listdir("runs") == ["recipe"]
     assert list(curve(workplace / "runs/recipe", "train/loss")) == [0, 1, 2]
+
+
+def test_a_run_that_was_killed_while_it_replaced_its_checkpoint_goes_on_from_the_former(
+    material: Any, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(material.run, "killed")
+    newest = RunFolder("killed").newest_checkpoint()
+    for other in newest.parent.iterdir():
+        if other != newest:
+            other.unlink()
+    newest.rename(f"{newest}.tmp-former")
+    with caplog.at_level("INFO"):
+        lightllm("fit", "--resume", "killed", "--trainer.max_steps", 5)
+    assert f"resumed from {newest}" in caplog.text
+    assert list(curve(workplace / "killed", "train/loss")) == [0, 1, 2, 3, 4]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(material: Any, workplace: Path) -> None:
