@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def refusal(error: BaseException) -> str | None:
 
     A refusal may have come up in a worker process, or have been wrapped by the parser that was making a part.
     """
-    if _LOST.search(str(error)) and "torch" in _packages(error):
+    if _LOST.search(str(error)) and _is_between_ranks(error):
         return _lost_rank(error)
     if _raised_in(error) == "jsonargparse" and error.__cause__ is not None:
         return refusal(error.__cause__)
@@ -69,9 +70,19 @@ def _lost_rank(error: BaseException) -> str:
     )
 
 
-def _packages(error: BaseException) -> set[str]:
-    """The names of the folders through which an error went."""
-    return {part for file in _files(error) for part in file.parts}
+def _is_between_ranks(error: BaseException) -> bool:
+    """Whether a lost connection can be that to another rank: pipes and loggers lose theirs too."""
+    files = list(_files(error))
+    if any(("torch", "distributed") in pairwise(file.parts) for file in files):
+        return True
+    # A collective that a hook of the backward pass calls has no frame of its own.
+    return _num_ranks() > 1 and any("torch" in file.parts for file in files)
+
+
+def _num_ranks() -> int:
+    """The size of the process group; 1 if there is none."""
+    distributed = sys.modules.get("torch.distributed")  # where it was never imported, nobody has made a group
+    return distributed.get_world_size() if distributed is not None and distributed.is_initialized() else 1
 
 
 _WORKER = re.compile(r"Caught \w+ in \w+ worker process \d+\.\nOriginal (Traceback .*)", re.DOTALL)

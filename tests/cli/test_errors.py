@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from ranks import run_on_ranks
+from torch import __file__ as torch_package
 from torch.utils.data import DataLoader, Dataset
 
 import lightllm.runs
@@ -118,3 +120,23 @@ def test_what_a_process_of_a_pool_refuses_is_told(monkeypatch: pytest.MonkeyPatc
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         error = without_this_file(raised_by(pool.submit(refuse).result))
     assert refusal(error) == "reading.limit is 0: it must be positive"
+
+
+def error_from(file: Path, says: str) -> Exception:
+    code = compile(f"raise RuntimeError({says!r})", str(file), "exec")
+    return raised_by(lambda: exec(code))
+
+
+def told_of_lost_rank(file: Path, says: str) -> bool:
+    return "another rank of the run has ended" in (refusal(error_from(file, says)) or "")
+
+
+@pytest.mark.parametrize("says", ["[Errno 32] Broken pipe", "Connection reset by peer"])
+def test_a_lost_connection_is_told_as_a_lost_rank_only_where_there_are_ranks(says: str) -> None:
+    torch = Path(torch_package).parent
+    assert not told_of_lost_rank(torch / "utils" / "data" / "dataloader.py", says)
+    assert not told_of_lost_rank(Path("nowhere/torch/mine.py"), says)
+    assert told_of_lost_rank(torch / "distributed" / "rendezvous.py", says)
+    for ranks, told in ((1, False), (2, True)):
+        assert run_on_ranks(told_of_lost_rank, ranks, torch / "autograd" / "graph.py", says) == [told] * ranks
+    assert run_on_ranks(told_of_lost_rank, 2, Path("nowhere/wandb/sdk.py"), says) == [False, False]
