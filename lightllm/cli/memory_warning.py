@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightllm.cli.planning import job_of, rows_of, vocabulary_of
@@ -22,15 +23,28 @@ from lightllm.parallel.plan_layout import Layout
 
 
 def warn_of_memory(module: LanguageModule, data: LightningDataModule, trainer: Trainer) -> None:
-    """Say that a run will not fit, if that can be known before its network is built."""
+    """Say that a run will not fit, if that can be known before its network is built.
+
+    Nothing is said of what the planner doesn't know: another accelerator, other data, another way to spread a run.
+    """
     if not isinstance(trainer.accelerator, (CPUAccelerator, CUDAAccelerator)) or not isinstance(data, DocumentData):
         return
-    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
-    memory = device_memory() / (trainer.num_devices if on_cpu else 1)
-    with suppress(ValueError):  # whatever is wrong is said when the network is built
+    if not is_planned(trainer.strategy):
+        return
+    # An estimate ends no run that may be right: whatever goes wrong here is said when the network is built, or is a
+    # fault of the estimate alone.
+    with suppress(Exception):
+        kind = _kind_of(trainer)
+        memory = device_memory(kind) / (trainer.num_devices if kind == "cpu" else 1)
         told = memory_warning(module, data, trainer, memory)
         if told is not None:
             rank_zero_info(told)
+
+
+def is_planned(strategy: Strategy) -> bool:
+    """Whether the planner knows how a strategy spreads a run; of Lightning's FSDP and DeepSpeed it doesn't."""
+    known = (SingleDeviceStrategy, DDPStrategy, ParallelStrategy, PipelineParallelStrategy)
+    return isinstance(strategy, known) and not isinstance(strategy, DeepSpeedStrategy)  # which Lightning calls a DDP
 
 
 def memory_warning(module: LanguageModule, data: DocumentData, trainer: Trainer, memory: float) -> str | None:
@@ -39,7 +53,7 @@ def memory_warning(module: LanguageModule, data: DocumentData, trainer: Trainer,
     Raises:
         ValueError: The network cannot be looked at without being built.
     """
-    kind: Literal["cpu", "cuda"] = "cpu" if isinstance(trainer.accelerator, CPUAccelerator) else "cuda"
+    kind = _kind_of(trainer)
     machine = Machine(devices=trainer.num_devices, nodes=trainer.num_nodes, memory=memory / GIB, kind=kind, reserve=0.0)
     job = job_of(module, data.max_length, None, str(trainer.precision), machine, vocabulary_of(module, data))
     if isinstance(trainer.strategy, ParallelStrategy) and trainer.strategy.spread.sharding.parameter_dtype is None:
@@ -54,6 +68,10 @@ def memory_warning(module: LanguageModule, data: DocumentData, trainer: Trainer,
         f"warning: full batches will need about {found.memory.peak / GIB:.3g} GiB of the {memory / GIB:.3g} GiB that a "
         f"device has ({told}): `lightllm plan` with the same arguments and --here shows what fits"
     )
+
+
+def _kind_of(trainer: Trainer) -> Literal["cpu", "cuda"]:
+    return "cpu" if isinstance(trainer.accelerator, CPUAccelerator) else "cuda"
 
 
 def layout_of(trainer: Trainer, rows: int, recompute: bool) -> Layout:

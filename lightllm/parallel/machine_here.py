@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 
@@ -27,9 +28,9 @@ def machine_here() -> Machine:
     return _gpus() if torch.cuda.is_available() else _cores()
 
 
-def device_memory() -> float:
+def device_memory(kind: Literal["cpu", "cuda"]) -> float:
     """Bytes that a device of this machine has: a GPU's memory, or all of the processor's."""
-    if torch.cuda.is_available():
+    if kind == "cuda":
         return float(torch.cuda.get_device_properties(0).total_memory)
     if sys.platform == "win32":
         return float("inf")
@@ -63,7 +64,7 @@ def _cores() -> Machine:
         link, latency = _link() if cores > 1 and sys.platform == "linux" else (10.0, 100.0)
         return Machine(
             devices=cores,
-            memory=device_memory() / cores / GIB,
+            memory=device_memory("cpu") / cores / GIB,
             teraflops={name: measured_peak(cpu, dtype) / 1e12 for name, dtype in _TYPES.items()},
             memory_bandwidth=memory_bandwidth,
             cache=cache,
