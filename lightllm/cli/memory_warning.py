@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightllm.cli.planning import job_of, rows_of, vocabulary_of
 from lightllm.datamodules import DocumentData
+from lightllm.models.inference import own_random_numbers
 from lightllm.modules import LanguageModule
 from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.degrees import Degrees
@@ -33,7 +35,7 @@ def warn_of_memory(module: LanguageModule, data: LightningDataModule, trainer: T
         return
     # An estimate ends no run that may be right: whatever goes wrong here is said when the network is built, or is a
     # fault of the estimate alone.
-    with suppress(Exception):
+    with suppress(Exception), own_random_numbers(torch.device("cpu"), seed=0):  # the run's are drawn after this
         kind = _kind_of(trainer)
         memory = device_memory(kind) / (trainer.num_devices if kind == "cpu" else 1)
         told = memory_warning(module, data, trainer, memory)

@@ -14,7 +14,7 @@ from torch import nn
 from lightllm.cli.memory_warning import is_planned, layout_of, memory_warning, warn_of_memory
 from lightllm.datamodules import Batches, TextData
 from lightllm.models import FromConfig
-from lightllm.models.adapters import Full
+from lightllm.models.adapters import Full, LoRA
 from lightllm.modules import CausalPretraining, FineTuning
 from lightllm.parallel import ParallelStrategy, PipelineParallelStrategy
 from lightllm.parallel.degrees import Degrees
@@ -108,6 +108,14 @@ class UnusualAdapter(Full):
 
     def attach(self, network: nn.Module) -> nn.Module:
         raise KeyError("projection")
+
+
+def test_the_runs_random_numbers_are_those_without_the_estimate() -> None:
+    tuned = FineTuning(FromConfig("llama", {**FIELDS, "vocab_size": 500}), LoRA(rank=2))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    warn_of_memory(tuned, data(), trainer())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fault_of_the_estimate_ends_no_run() -> None:
