@@ -120,4 +120,6 @@ def test_the_runs_random_numbers_are_those_without_the_estimate() -> None:
 
 def test_a_fault_of_the_estimate_ends_no_run() -> None:
     tuning = FineTuning(FromConfig("llama", {**FIELDS, "vocab_size": 500}), UnusualAdapter())
+    with pytest.raises(KeyError, match="projection"):
+        memory_warning(tuning, data(), trainer(), memory=1e9)
     warn_of_memory(tuning, data(), trainer())
